@@ -1,0 +1,28 @@
+"""Localised text-guided image editing (iEdit) for diffusers."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+__all__ = ["IEditMaskedDDIM", "IEditMaskedScheduler", "IEditPipeline", "IEditPipelineOutput", "mini"]
+
+
+if TYPE_CHECKING:
+    from . import mini
+    from .pipeline import IEditPipeline, IEditPipelineOutput
+    from .scheduling_iedit import IEditMaskedDDIM, IEditMaskedScheduler
+else:
+    # Importing diffusers and transformers takes seconds, so that is left until a name is first used (PEP 562).
+    def __getattr__(name: str):
+        if name == "mini":
+            return importlib.import_module(".mini", __name__)
+        if name.startswith("IEditPipeline") and name in __all__:
+            return getattr(importlib.import_module(".pipeline", __name__), name)
+        if name.startswith("IEditMasked") and name in __all__:
+            return getattr(importlib.import_module(".scheduling_iedit", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted([*globals(), *__all__])

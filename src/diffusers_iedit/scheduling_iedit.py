@@ -1,0 +1,337 @@
+"""Eq. 13 of iEdit on any image-to-image scheduler of diffusers: edit inside a mask, keep the source outside of it."""
+
+import copy
+import functools
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    DDIMParallelScheduler,
+    DDIMScheduler,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
+    DPMSolverSinglestepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    SASolverScheduler,
+    SchedulerMixin,
+    TCDScheduler,
+    UniPCMultistepScheduler,
+)
+
+
+# Schedulers by what gives the noise level at index i of their schedule. A class in none of the lists is refused: a
+# source at the wrong level would look almost right.
+
+# alphas_cumprod[timesteps[i]], where the uncounted ones do not keep i, their step index.
+UNCOUNTED = (DDIMScheduler, DDIMParallelScheduler, DDPMScheduler, DDPMParallelScheduler, PNDMScheduler)
+TIMESTEP_LEVELS = (*UNCOUNTED, LCMScheduler, TCDScheduler)
+# sigmas[i], with the noise added to the source.
+SIGMA_LEVELS = (
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
+    DPMSolverSinglestepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+    SASolverScheduler,
+    UniPCMultistepScheduler,
+)
+# sigmas[i], with a straight line between source and noise.
+FLOW_LEVELS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
+SERVED = (*TIMESTEP_LEVELS, *SIGMA_LEVELS, *FLOW_LEVELS)
+
+
+def _check_served(scheduler_class: type):
+    if not issubclass(scheduler_class, SERVED):
+        raise TypeError(
+            f"`IEditMaskedScheduler` cannot mask {scheduler_class.__name__}: the noise level its steps arrive at is "
+            f"unknown. Use one of {', '.join(sorted(served.__name__ for served in SERVED))}, or a subclass of one."
+        )
+
+
+class IEditMaskedScheduler:
+    r"""
+    Mixin that confines a scheduler's steps to a mask, by Eq. 13 of [iEdit](https://huggingface.co/papers/2305.05947):
+
+    $$\tilde{z}_t = (1 - M) \odot z_t + M \odot \tilde{z}_t$$
+
+    After every `step`, the latents outside the mask are replaced by the source latents $z_t$ at the noise level the
+    step arrived at; after the last step, by the clean source latents. The source and its noise are those of the first
+    `add_noise` (flow matching: `scale_noise`) call after `set_timesteps`, which image-to-image pipelines make
+    themselves. Where the mask is exactly 1, and everywhere while no mask is set, results are bit for bit those of the
+    scheduler it is mixed into.
+
+    Use [`~IEditMaskedScheduler.wrap`] to mask the scheduler of any image-to-image pipeline with latents of shape
+    `(batch_size, channels, height, width)`, or mix it in by hand, before the scheduler:
+    `class MaskedEuler(IEditMaskedScheduler, EulerDiscreteScheduler)`.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from diffusers import AutoPipelineForImage2Image
+    >>> from diffusers.utils import load_image
+    >>> from diffusers_iedit import IEditMaskedScheduler
+
+    >>> pipe = AutoPipelineForImage2Image.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")
+    >>> mask = torch.zeros(1, 1, 1024, 1024)
+    >>> mask[..., 300:700, 200:800] = 1  # 1 = edit
+    >>> pipe.scheduler = IEditMaskedScheduler.wrap(pipe.scheduler, mask)
+    >>> image = load_image("photo.png").resize((1024, 1024))
+    >>> edited = pipe("a blue car", image=image, strength=0.7).images[0]
+    ```
+    """
+
+    _mask = None
+    _soft = False
+    _mask_on_latents = None
+    _source = None
+    _noise = None
+    # DDIM, DDPM and PNDM have neither of these, all others have both.
+    _begin_index = None
+    _step_index = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if IEditMaskedScheduler not in cls.__bases__:
+            return
+        _check_served(cls)
+        # Not plain overrides: pipelines read the signatures of `set_timesteps` and `step` to see what they take.
+        cls.set_timesteps = _forget_source(cls.set_timesteps)
+        cls.step = _blend_source(cls.step)
+        if issubclass(cls, FLOW_LEVELS):
+            cls.scale_noise = _capture_source_of_scale_noise(cls.scale_noise)
+        else:
+            cls.add_noise = _capture_source_of_add_noise(cls.add_noise)
+
+    @staticmethod
+    def wrap(scheduler: SchedulerMixin, mask: torch.Tensor | None) -> "IEditMaskedScheduler":
+        """
+        Returns a copy of a scheduler that edits inside a mask only.
+
+        The copy is an instance of `IEditMaskedScheduler` and of the scheduler's own class, under whose name it is
+        saved: a pipeline that holds it loads without this package. The mask is not saved.
+
+        Args:
+            scheduler (`SchedulerMixin`):
+                The scheduler to copy; it is left as it is. If it is masked already, the copy has the new mask.
+            mask (`torch.Tensor` or `None`):
+                See [`~IEditMaskedScheduler.set_mask`].
+
+        Raises:
+            TypeError: If the scheduler's class is not one that can be masked, or `mask` is no floating point tensor.
+            ValueError: If `mask` has a wrong shape or values, or the scheduler has inverted sigmas.
+        """
+        _check_served(type(scheduler))
+        masked = copy.deepcopy(scheduler)
+        if not isinstance(scheduler, IEditMaskedScheduler):
+            masked.__class__ = _masked_class(type(scheduler))
+        masked.set_mask(mask)
+        return masked
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """The mask as it was given, of shape `(batch_size or 1, 1, height, width)`, or None."""
+        return self._mask
+
+    def set_mask(self, mask: torch.Tensor | None) -> None:
+        """
+        Sets the region to edit, or with None lets the scheduler edit everything.
+
+        Args:
+            mask (`torch.Tensor` or `None`):
+                A floating point tensor of shape `(batch_size or 1, 1, height, width)` with values in [0, 1], where 1
+                means edit. Values in between blend linearly. A mask of another size than the latents is resized so
+                that each latent cell gets the largest value it touches: no edited pixel is lost, and a mask of zeros
+                and ones stays one.
+
+        Raises:
+            TypeError: If `mask` is no floating point tensor.
+            ValueError: If `mask` has a wrong shape or values, or the scheduler has inverted sigmas.
+        """
+        if mask is not None:
+            if getattr(self.config, "invert_sigmas", False):
+                raise ValueError(
+                    f"`mask` cannot be set on {type(self).__name__} with `invert_sigmas=True`: its schedule ends at "
+                    "sigma 1, which `scale_noise` takes for pure noise."
+                )
+            if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
+                got = f"a tensor of {mask.dtype}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+                raise TypeError(f"`mask` must be a floating point tensor, but is {got}.")
+            if mask.ndim != 4 or mask.shape[1] != 1 or mask.numel() == 0:
+                raise ValueError(
+                    f"`mask` must have shape (batch_size or 1, 1, height, width), but has shape {tuple(mask.shape)}."
+                )
+            low, high = (value.item() for value in mask.aminmax())
+            if not (low >= 0 and high <= 1):  # False for NaN, which `aminmax` passes on
+                raise ValueError(f"`mask` must have values in [0, 1], but they range from {low} to {high}.")
+            self._soft = not ((mask == 0) | (mask == 1)).all().item()
+        self._mask = mask
+        self._mask_on_latents = None
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """
+        Sets the index of the first timestep that is run, as pipelines do before the first step.
+
+        diffusers' own method, also for DDIM, DDPM and PNDM, which lack it: PNDM repeats a timestep, so that a timestep
+        alone does not tell where a run begins.
+        """
+        self._begin_index = begin_index
+
+    def _arrive(self, timestep):
+        """Sets `_step_index` to the index a step from `timestep` arrived at, for schedulers that do not count."""
+        index = self._begin_index if self._step_index is None else self._step_index
+        if index is None or index >= len(self.timesteps) or self.timesteps[index] != timestep:
+            indices = (self.timesteps == timestep).nonzero()
+            if len(indices) == 0:
+                raise ValueError(
+                    f"`timestep` must be one of `timesteps` while a `mask` is set, but is {timestep}: the noise level "
+                    "this step arrived at is unknown."
+                )
+            # The second if it repeats, as in diffusers' `index_for_timestep`.
+            index = indices[:2][-1].item()
+        self._step_index = index + 1
+
+    def _source_at_level(self) -> torch.Tensor:
+        """z_t of Eq. 13: the source at the noise level of `_step_index`, the clean source past the last timestep."""
+        index = self._step_index
+        if index >= len(self.timesteps):
+            return self._source
+        if isinstance(self, TIMESTEP_LEVELS):
+            return self.add_noise(self._source, self._noise, self.timesteps[index : index + 1])
+
+        # `add_noise` is not asked: without a begin index it looks sigmas up by timestep, which Karras sigmas repeat
+        # once rounded, and it knows none of the levels halfway between two sigmas that second order schedulers visit.
+        sigma = self.sigmas[index]
+        if isinstance(self, KDPM2DiscreteScheduler) and not self.state_in_first_order:
+            sigma = self.sigmas_interpol[index]
+        elif isinstance(self, KDPM2AncestralDiscreteScheduler) and not self.state_in_first_order:
+            sigma = self.sigmas_interpol[index - 1]
+        elif isinstance(self, DPMSolverSDEScheduler) and not self.state_in_first_order:
+            sigma = self.mid_point_sigma
+
+        alpha = 1.0
+        if isinstance(self, FLOW_LEVELS):
+            alpha = 1.0 - sigma
+        elif hasattr(self, "_sigma_to_alpha_sigma_t"):
+            alpha, sigma = self._sigma_to_alpha_sigma_t(sigma)
+        return alpha * self._source + sigma * self._noise
+
+    def _blend(self, sample: torch.Tensor) -> torch.Tensor:
+        """Eq. 13 on the latents a step arrived at, of shape `(batch_size, channels, height, width)`."""
+        if sample.ndim != 4:
+            raise ValueError(
+                "`mask` needs latents of shape (batch_size, channels, height, width), but they have shape "
+                f"{tuple(sample.shape)}: packed latents (such as Flux's) and video latents cannot be masked."
+            )
+        if self._mask.shape[0] not in (1, sample.shape[0]):
+            raise ValueError(
+                f"`mask` must have batch size 1 or that of the latents, {sample.shape[0]}, but has "
+                f"{self._mask.shape[0]}."
+            )
+        if self._source.shape != sample.shape:
+            raise ValueError(
+                f"`mask` needs latents of the source's shape {tuple(self._source.shape)}, but they have shape "
+                f"{tuple(sample.shape)}."
+            )
+
+        mask = self._mask_on_latents
+        if mask is None or mask.shape[-2:] != sample.shape[-2:] or mask.device != sample.device:
+            mask = self._mask.to(sample.device)
+            if mask.shape[-2:] != sample.shape[-2:]:
+                mask = F.adaptive_max_pool2d(mask, sample.shape[-2:])
+            self._mask_on_latents = mask
+
+        source = self._source_at_level().to(sample)
+        if self._soft:
+            sample = ((1 - mask) * source + mask * sample).to(sample.dtype)
+        # Selected rather than multiplied, so that what the model makes of the outside, NaN included, ends here.
+        return torch.where(mask == 0, source, sample)
+
+
+def _forget_source(base_set_timesteps):
+    @functools.wraps(base_set_timesteps)
+    def set_timesteps(self, *args, **kwargs):
+        base_set_timesteps(self, *args, **kwargs)
+        self._source = self._noise = self._begin_index = self._step_index = None
+
+    return set_timesteps
+
+
+def _capture_source_of_add_noise(base_add_noise):
+    @functools.wraps(base_add_noise)
+    def add_noise(self, original_samples, noise, timesteps):
+        if self._source is None:
+            self._source, self._noise = original_samples, noise
+        return base_add_noise(self, original_samples, noise, timesteps)
+
+    return add_noise
+
+
+def _capture_source_of_scale_noise(base_scale_noise):
+    @functools.wraps(base_scale_noise)
+    def scale_noise(self, sample, timestep, noise=None):
+        if self._source is None:
+            self._source, self._noise = sample, noise
+        return base_scale_noise(self, sample, timestep, noise)
+
+    return scale_noise
+
+
+def _blend_source(base_step):
+    @functools.wraps(base_step)
+    def step(self, model_output, timestep, sample, *args, **kwargs):
+        if self._mask is None:
+            return base_step(self, model_output, timestep, sample, *args, **kwargs)
+        if self._source is None:
+            raise RuntimeError(
+                "A `mask` is set, but there are no source latents to keep outside of it. They are taken from the "
+                "first `add_noise` (flow matching: `scale_noise`) call after `set_timesteps`: use an image-to-image "
+                "pipeline, or make that call with the source latents and noise before the first `step`."
+            )
+        output = base_step(self, model_output, timestep, sample, *args, **kwargs)
+        if isinstance(self, UNCOUNTED):
+            self._arrive(timestep)
+        if isinstance(output, tuple):
+            return (self._blend(output[0]), *output[1:])
+        output.prev_sample = self._blend(output.prev_sample)
+        return output
+
+    return step
+
+
+@functools.cache
+def _masked_class(scheduler_class: type) -> type:
+    # Under the scheduler's own name and module, which is what `save_pretrained` writes down.
+    namespace = {name: getattr(scheduler_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(scheduler_class.__name__, (IEditMaskedScheduler, scheduler_class), namespace)
+
+
+class IEditMaskedDDIM(IEditMaskedScheduler, DDIMScheduler):
+    """
+    `DDIMScheduler`, the paper's, that edits inside a mask only; see [`IEditMaskedScheduler`].
+
+    It takes DDIM's configuration, and is `DDIMScheduler` until [`~IEditMaskedScheduler.set_mask`] gives it a mask. In
+    a pipeline that is to be saved, prefer [`~IEditMaskedScheduler.wrap`], whose result is saved as a `DDIMScheduler`.
+    """
