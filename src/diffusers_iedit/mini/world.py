@@ -258,7 +258,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether a combination in this scene was kept out of all training."""
+        """Whether a combination in this scene is in no training picture."""
         return any((thing.noun, thing.colour, self.scene) in held_out_combinations() for thing in self.things)
 
     def swap(self, thing: str | None = None, colour: str | None = None, index: int | None = None) -> Scene:
@@ -285,7 +285,7 @@ def caption(things: list[tuple[str, str]], scene: str) -> str:
 
 @lru_cache(maxsize=1)
 def held_out_combinations() -> frozenset[tuple[str, str, str]]:
-    """The 36 (noun, colour, scene) combinations kept out of all training: three of each noun, six of each scene."""
+    """The 36 (noun, colour, scene) combinations in no training picture: three of each noun, six of each scene."""
     colours, scenes = list(COLOURS), list(SCENES)
     return frozenset(
         (noun, colours[(3 * i + 5 * j) % len(colours)], scenes[(i + 2 * j) % len(scenes)])
@@ -295,7 +295,7 @@ def held_out_combinations() -> frozenset[tuple[str, str, str]]:
 
 
 def held_out_captions() -> list[str]:
-    """The one-thing captions kept out of all training; no training scene of two things contains them either."""
+    """The captions of these combinations. No training scene of two things contains one of them either."""
     return sorted(caption([(noun, colour)], scene) for noun, colour, scene in held_out_combinations())
 
 
@@ -314,8 +314,8 @@ def render(seed: int, things: Literal[1, 2] | None = None, split: Split | None =
     Args:
         seed: any integer. The shipped models were trained on seeds from 1,000,000 up, so smaller ones are new to them.
         things: how many things; by default one or two with equal odds.
-        split: `"train"` draws only from the combinations of training, `"held_out"` only scenes with one that was kept
-            out of it; by default from all.
+        split: `"train"` draws only from the combinations of training, `"held_out"` only scenes with one that is in no
+            training picture; by default from all.
     """
     # Of all methods of `random`, only random() is promised to give the same numbers in every version of Python.
     rng = random.Random(seed)

@@ -1,0 +1,608 @@
+"""The `iedit` command: what it writes and prints, and how it refuses mistakes. Tiny random models, in process."""
+
+import functools
+import inspect
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny_models
+from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLImg2ImgPipeline
+from huggingface_hub import constants
+from huggingface_hub.errors import RepositoryNotFoundError
+from PIL import Image, ImageDraw
+
+from diffusers_iedit import IEditPipeline, cli, mini
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A saved pipeline that can segment and caption."""
+    mask_model, mask_processor = tiny_models.clipseg()
+    captioner, caption_processor = tiny_models.blip()
+    pipe = IEditPipeline(
+        **tiny_models.sd_components(),
+        mask_model=mask_model,
+        mask_processor=mask_processor,
+        captioner=captioner,
+        caption_processor=caption_processor,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with a picture and a mask of its middle."""
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "in.png")
+    mask = Image.new("L", (64, 48), 0)
+    ImageDraw.Draw(mask).rectangle((16, 16, 47, 31), fill=255)
+    mask.save(tmp_path / "mask.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def iedit(model, capfd):
+    """Run the command on the tiny model; returns its one line of output."""
+
+    def run(line, *more):
+        capfd.readouterr()
+        assert cli.main([*line.split(), *more, "--model", str(model)]) == 0
+        out, _ = capfd.readouterr()
+        assert out.endswith("\n")
+        assert out.count("\n") == 1
+        return out.rstrip("\n")
+
+    return run
+
+
+@pytest.fixture
+def refused(folder, capfd):
+    """Run the command; it has to exit with 2, print one line on stderr alone and leave no file behind."""
+
+    def run(*argv):
+        before = sorted(folder.rglob("*"))
+        capfd.readouterr()
+        try:
+            code = cli.main([str(arg) for arg in argv])
+        except SystemExit as stop:  # argparse
+            code = stop.code
+        out, err = capfd.readouterr()
+        assert code == 2
+        assert out == ""
+        lines = [line for line in err.splitlines() if ": error: " in line]
+        assert len(lines) == 1
+        assert "Traceback" not in err
+        assert err.endswith(lines[0] + "\n")
+        assert sorted(folder.rglob("*")) == before
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def refused_at_once(refused, monkeypatch):
+    """As `refused`, and no model may be loaded for it."""
+
+    def load(*args, **kwargs):
+        pytest.fail("a model was loaded before the mistake was noticed")
+
+    monkeypatch.setattr(cli, "_load_pipeline", load)
+    return refused
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+QUICK = "--steps 4 --strength 0.75"
+
+
+# What it does
+
+
+def test_edit_changes_the_masked_part_alone_and_prints_where_seconds_and_seed(folder, iedit):
+    line = iedit(f"edit in.png car -o out.png --mask mask.png --seed 7 {QUICK}")
+    assert re.fullmatch(r"out\.png: \d+\.\d s, seed 7", line)
+    changed = (pixels("out.png") != pixels("in.png")).any(axis=-1)
+    assert changed.any()
+    assert not changed[pixels("mask.png") == 0].any()
+
+
+def test_edit_with_the_printed_seed_gives_the_same_file(folder, iedit):
+    line = iedit(f"edit in.png car -o first.png {QUICK}")
+    seed = re.search(r"seed (\d+)$", line)[1]
+    iedit(f"edit in.png car -o second.png --seed {seed} {QUICK}")
+    iedit(f"edit in.png car -o third.png {QUICK}")
+    assert (folder / "first.png").read_bytes() == (folder / "second.png").read_bytes()
+    assert (folder / "first.png").read_bytes() != (folder / "third.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        ("--mask-prompt", "car"),
+        ("--source-prompt", "a blue car"),
+        ("--source-prompt", "auto"),
+    ],
+)
+def test_edit_finds_the_mask_by_words(folder, iedit, where):
+    iedit(f"edit in.png -o out.png --mask-threshold 0.01 {QUICK}", "a zebra in a hat", *where)
+    assert Image.open("out.png").size == (64, 48)
+
+
+def test_num_images_writes_numbered_files_with_consecutive_seeds(folder, iedit):
+    line = iedit(f"edit in.png car -o out.png --num-images 3 --seed 5 {QUICK}")
+    assert re.fullmatch(r"out-1\.png to out-3\.png: \d+\.\d s, seeds 5 to 7", line)
+    assert not (folder / "out.png").exists()
+    iedit(f"edit in.png car -o alone.png --seed 6 {QUICK}")
+    assert np.abs(pixels("out-2.png").astype(int) - pixels("alone.png")).max() <= 1
+
+
+def test_every_option_reaches_the_pipeline(folder, iedit, monkeypatch):
+    calls = []
+    run = IEditPipeline.__call__
+    monkeypatch.setattr(IEditPipeline, "__call__", lambda self, **given: calls.append(given) or run(self, **given))
+    iedit(
+        "edit in.png car -o out.png --mask mask.png --strength 0.5 --steps 6 --guidance-scale 3 --negative-prompt tree"
+        " --mask-dilation 2 --mask-feather 3 --mask-threshold 0.4 --processing-resolution 32"
+    )
+    (given,) = calls
+    for name in ("image", "mask_image", "generator"):
+        del given[name]
+    assert given == {
+        "prompt": "car",
+        "strength": 0.5,
+        "num_inference_steps": 6,
+        "guidance_scale": 3.0,
+        "negative_prompt": "tree",
+        "num_images_per_prompt": 1,
+        "mask_dilation": 2,
+        "mask_feather": 3,
+        "mask_threshold": 0.4,
+        "processing_resolution": 32,
+    }
+
+
+@pytest.mark.parametrize(
+    ("command", "method"), [("edit", IEditPipeline.__call__), ("mask", IEditPipeline.predict_mask)]
+)
+def test_help_names_the_defaults_of_the_pipeline(command, method, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    options = {"num_inference_steps": "steps"}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(method).parameters.items()}
+    for name in (
+        "strength",
+        "num_inference_steps",
+        "guidance_scale",
+        "mask_threshold",
+        "mask_dilation",
+        "mask_feather",
+    ):
+        if name in defaults:
+            option = "--" + options.get(name, name).replace("_", "-")
+            assert re.search(rf"{option} [A-Z]+ [^-]*\(default: {re.escape(str(defaults[name]))}\)", text)
+
+
+def test_a_picture_over_twice_the_models_size_is_processed_at_the_models_size(folder, iedit):
+    noise = np.random.default_rng(0).integers(0, 256, (100, 130, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("large.png")
+    Image.new("L", (130, 100), 0).save("mask.png")
+    mask = Image.open("mask.png")
+    ImageDraw.Draw(mask).rectangle((40, 40, 80, 70), fill=255)
+    mask.save("mask.png")
+    line = iedit(f"edit large.png car -o out.png --mask mask.png --seed 1 {QUICK}")
+    assert line.endswith(", seed 1, processed at 64 px")
+    assert (pixels("out.png") == noise)[pixels("mask.png") == 0].all()
+    assert iedit(f"edit large.png car -o out.png --seed 1 --processing-resolution 130 {QUICK}").endswith("seed 1")
+
+
+def test_mask_writes_what_the_pipeline_predicts(folder, iedit, model):
+    options = "--mask-threshold 0.4 --mask-dilation 1 --mask-feather 2"
+    line = iedit(f"mask in.png -o found.png --mask-prompt car {options}")
+    assert re.fullmatch(r"found\.png: \d+\.\d s", line)
+    (expected,) = IEditPipeline.from_pretrained(model).predict_mask(
+        Image.open("in.png"), mask_prompt="car", mask_threshold=0.4, mask_dilation=1, mask_feather=2
+    )
+    assert Image.open("found.png").mode == "L"
+    assert np.array_equal(pixels("found.png"), np.asarray(expected))
+
+
+def test_mask_takes_the_words_that_two_prompts_differ_in(folder, iedit):
+    iedit("mask in.png -o named.png --mask-threshold 0.4 --mask-prompt", "red car")
+    iedit("mask in.png -o differing.png --mask-threshold 0.4 --source-prompt", "a red car", "--prompt", "a blue car")
+    assert (folder / "named.png").read_bytes() == (folder / "differing.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("command", "unneeded"),
+    [
+        ("mask in.png -o out.png --mask-threshold 0.1 --mask-prompt car", [*cli.EDITING, *cli.CAPTIONING]),
+        (f"edit in.png car -o out.png --mask mask.png {QUICK}", [*cli.MASKING, *cli.CAPTIONING]),
+    ],
+)
+def test_what_a_run_does_not_need_is_not_loaded(folder, model, tmp_path_factory, command, unneeded):
+    light = tmp_path_factory.mktemp("light")
+    for path in model.iterdir():
+        if path.name not in unneeded:
+            (light / path.name).symlink_to(path)
+    assert cli.main([*command.split(), "--model", str(light)]) == 0
+
+
+@pytest.mark.parametrize("extension", ["png", "webp", "tif", "tiff", "bmp", "jpg", "jpeg", "PNG"])
+def test_the_format_follows_the_extension(folder, iedit, extension):
+    iedit(f"edit in.png car -o out.{extension} --seed 1 {QUICK}")
+    with Image.open(f"out.{extension}") as image:
+        assert image.format == {"jpg": "JPEG", "tif": "TIFF"}.get(extension, extension.upper())
+        assert image.size == (64, 48)
+
+
+@pytest.mark.parametrize("extension", ["png", "webp", "tif", "bmp"])
+def test_formats_that_can_keep_the_background_exact_do(folder, iedit, extension):
+    iedit(f"edit in.png car -o out.{extension} --mask mask.png {QUICK}")
+    assert (pixels(f"out.{extension}") == pixels("in.png"))[pixels("mask.png") == 0].all()
+
+
+def test_alpha_is_kept_and_flattened_onto_white_for_jpeg(folder, iedit):
+    image = Image.open("in.png").convert("RGBA")
+    image.putalpha(Image.open("mask.png"))
+    image.save("in.png")
+    iedit(f"edit in.png car -o out.png {QUICK}")
+    assert np.array_equal(pixels("out.png")[..., 3], pixels("mask.png"))
+    iedit(f"edit in.png car -o out.jpg {QUICK}")
+    assert Image.open("out.jpg").mode == "RGB"
+    assert pixels("out.jpg")[:8, :8].min() > 250
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "tif"])
+def test_no_metadata_is_copied_and_the_picture_is_upright(folder, iedit, extension):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: turn by 90 degrees to see it upright.
+    exif[0x010F] = "a camera"
+    Image.open("in.png").save("in.jpg", exif=exif, icc_profile=b"a profile", comment=b"a comment")
+    iedit(f"edit in.jpg car -o out.{extension} {QUICK}")
+    data = (folder / f"out.{extension}").read_bytes()
+    assert b"a camera" not in data
+    assert b"a profile" not in data
+    assert b"a comment" not in data
+    with Image.open(f"out.{extension}") as image:
+        assert image.size == (48, 64)
+        assert 0x0112 not in image.getexif()
+
+
+def test_the_picture_itself_may_be_overwritten(folder, iedit):
+    iedit(f"edit in.png car -o in.png {QUICK}")
+    assert Image.open("in.png").size == (64, 48)
+
+
+# Files that cannot be read or written
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "truncated"])
+@pytest.mark.parametrize("place", ["IMAGE", "--mask"])
+def test_unreadable_image(folder, refused_at_once, kind, place):
+    bad = folder / "bad.png"
+    if kind == "folder":
+        bad.mkdir()
+    elif kind == "text":
+        bad.write_text("no picture")
+    elif kind != "missing":
+        bad.write_bytes((folder / "in.png").read_bytes()[: 3000 if kind == "truncated" else 0])
+    argv = [bad, "car", "-o", "out.png"] if place == "IMAGE" else ["in.png", "car", "-o", "out.png", "--mask", bad]
+    assert "bad.png: " in refused_at_once("edit", *argv)
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("out.xyz", "extension has to be one of .png"),
+        ("out", "extension has to be one of .png"),
+        ("no/out.png", "there is no folder no"),
+        ("taken.png", "is a folder"),
+        ("in.png/out.png", "there is no folder in.png"),
+    ],
+)
+def test_unwritable_output(folder, refused_at_once, out, says):
+    (folder / "taken.png").mkdir()
+    assert says in refused_at_once("edit", "in.png", "car", "-o", out)
+    assert says in refused_at_once("mask", "in.png", "--mask-prompt", "car", "-o", out)
+
+
+def test_unwritable_numbered_output(folder, refused_at_once):
+    (folder / "out-2.png").mkdir()
+    assert "out-2.png: is a folder" in refused_at_once("edit", "in.png", "car", "-o", "out.png", "--num-images", "2")
+
+
+@pytest.mark.parametrize(("error", "code"), [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)])
+def test_a_failed_write_leaves_nothing_half_done(folder, model, monkeypatch, capfd, error, code):
+    def save(self, path, **options):
+        path.write_bytes(b"half a")
+        raise error
+
+    (folder / "out.png").write_bytes(b"what was there before")
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert cli.main(["edit", "in.png", "car", "-o", "out.png", "--model", str(model), *QUICK.split()]) == code
+    _, err = capfd.readouterr()
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("iedit edit: ")
+    assert sorted(folder.iterdir()) == before
+    assert (folder / "out.png").read_bytes() == b"what was there before"
+
+
+# Arguments that make no sense
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--strength 0",
+        "--strength -0.5",
+        "--strength 1.1",
+        "--strength nan",
+        "--strength inf",
+        "--strength much",
+        "--steps 0",
+        "--steps -3",
+        "--steps 2.5",
+        "--guidance-scale nan",
+        "--num-images 0",
+        "--seed -1",
+        "--seed 9223372036854775808",
+        "--mask-dilation -1",
+        "--mask-feather -1",
+        "--mask-threshold 1",
+        "--mask-threshold -0.1",
+        "--processing-resolution -64",
+        "--processing-resolution 7",
+    ],
+)
+def test_number_out_of_range(refused_at_once, options):
+    option = options.split()[0]
+    assert f"argument {option}: " in refused_at_once("edit", "in.png", "car", "-o", "out.png", *options.split())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--mask mask.png --mask-prompt car",
+        "--mask mask.png --source-prompt car",
+        "--mask-prompt car --source-prompt car",
+    ],
+)
+def test_two_masks(refused_at_once, options):
+    assert "not allowed with" in refused_at_once("edit", "in.png", "car", "-o", "out.png", *options.split())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "",
+        "edit",
+        "edit in.png -o out.png",
+        "edit in.png car",
+        "mask in.png -o out.png",
+        "mask in.png -o out.png --prompt car",
+        "mask in.png -o out.png --source-prompt car",
+        "mask in.png -o out.png --mask-prompt car --prompt car",
+        "paint in.png",
+    ],
+)
+def test_arguments_missing_or_unknown(refused_at_once, argv):
+    refused_at_once(*argv.split())
+
+
+# What the pipeline refuses
+
+
+def test_mask_of_another_size(folder, refused, model):
+    Image.new("L", (32, 32), 255).save("mask.png")
+    message = refused("edit", "in.png", "car", "-o", "out.png", "--mask", "mask.png", "--model", model)
+    assert "`mask_image` has to have the image's size, 64x48 pixels" in message
+
+
+def test_black_mask(folder, refused, model):
+    Image.new("L", (64, 48), 0).save("mask.png")
+    message = refused("edit", "in.png", "car", "-o", "out.png", "--mask", "mask.png", "--model", model)
+    assert "`mask_image` is zero everywhere" in message
+
+
+def test_picture_of_one_pixel(folder, refused, model):
+    Image.new("RGB", (1, 1)).save("in.png")
+    assert "at least 8 pixels" in refused("edit", "in.png", "car", "-o", "out.png", "--model", model)
+
+
+def test_too_little_strength_for_a_step(refused, model):
+    message = refused("edit", "in.png", "car", "-o", "out.png", "--model", model, "--strength", "0.1", "--steps", "4")
+    assert "smallest" in message
+
+
+def test_more_steps_than_the_model_was_trained_with(refused, model):
+    message = refused("edit", "in.png", "car", "-o", "out.png", "--model", model, "--steps", "5000")
+    assert "5000" in message
+
+
+@pytest.mark.parametrize("command", [["edit", "in.png", "car"], ["mask", "in.png"]])
+def test_nothing_found(folder, refused, model, command):
+    Image.new("RGB", (64, 48), "red").save("in.png")
+    options = ["--mask-prompt", "car", "--mask-threshold", "0.9999", "--model", model]
+    assert "'car'" in refused(*command, "-o", "out.png", *options)
+
+
+def test_prompts_that_do_not_differ(refused, model):
+    message = refused("mask", "in.png", "-o", "o.png", "--source-prompt", "a", "--prompt", "the", "--model", model)
+    assert "differ in no word" in message
+
+
+def test_an_unexpected_error_keeps_its_traceback(folder, model, monkeypatch):
+    monkeypatch.setattr(IEditPipeline, "check_inputs", lambda *args: int("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["edit", "in.png", "car", "-o", "out.png", "--model", str(model)])
+
+
+# Models that cannot be loaded
+
+
+@pytest.fixture
+def broken(model, tmp_path_factory):
+    """Copies of the tiny model with one file replaced."""
+
+    def make(name, content):
+        folder = tmp_path_factory.mktemp("broken")
+        for path in model.rglob("*"):
+            copy = folder / path.relative_to(model)
+            if path.is_dir():
+                copy.mkdir()
+            else:
+                copy.symlink_to(path)
+        (folder / name).unlink()
+        (folder / name).write_bytes(content((model / name).read_bytes()))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "mask_model/model.safetensors"],
+)
+@pytest.mark.parametrize("content", [lambda data: data[:5000], lambda data: b"\xff" * 5000, lambda data: b""])
+def test_corrupted_weights(refused, broken, name, content):
+    folder = broken(name, content)
+    argv = ["edit", "in.png", "car", "-o", "out.png", "--mask-prompt", "car"]
+    assert f"cannot load {folder}: " in refused(*argv, "--model", folder)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}"])
+def test_corrupted_model_index(refused, broken, content):
+    folder = broken("model_index.json", lambda data: content)
+    assert f"cannot load {folder}: " in refused("edit", "in.png", "car", "-o", "out.png", "--model", folder)
+
+
+@pytest.mark.parametrize("name", [".", "in.png"])
+def test_model_that_is_no_pipeline_folder(refused_at_once, name):
+    assert "no model_index.json" in refused_at_once("edit", "in.png", "car", "-o", "out.png", "--model", name)
+
+
+@pytest.mark.parametrize(
+    ("pipeline_class", "components"),
+    [
+        (StableDiffusionXLImg2ImgPipeline, tiny_models.sdxl_components),
+        (StableDiffusionInpaintPipeline, functools.partial(tiny_models.sd_components, in_channels=9)),
+    ],
+)
+def test_model_of_another_kind(refused, tmp_path_factory, pipeline_class, components):
+    folder = tmp_path_factory.mktemp("other")
+    pipeline_class(**components()).save_pretrained(folder)
+    message = refused("edit", "in.png", "car", "-o", "out.png", "--model", folder)
+    assert f"cannot edit with {folder}: it is no Stable Diffusion 1 or 2" in message
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a model"])
+def test_model_that_is_neither_a_folder_nor_an_id(refused, offline, name):
+    assert "neither a folder nor a model id" in refused("edit", "in.png", "car", "-o", "o.png", "--model", name)
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        (["edit", "in.png", "car"], cli.DEFAULT_MODEL),
+        (["mask", "in.png", "--mask-prompt", "car"], cli.DEFAULT_MODEL),
+        (["edit", "in.png", "car", "--model", "someone/something"], "someone/something"),
+    ],
+)
+def test_unreachable_hub(refused, offline, command, missing):
+    message = refused(*command, "-o", "out.png")
+    assert f"cannot load {missing}: the Hugging Face Hub cannot be reached" in message
+    assert "--model mini" in message
+
+
+@pytest.mark.parametrize("source_prompt", ["a blue car", "auto"])
+def test_unreachable_hub_for_a_model_without_mask_model(refused, offline, tmp_path_factory, source_prompt):
+    stock = tmp_path_factory.mktemp("stock")
+    IEditPipeline(**tiny_models.sd_components()).save_pretrained(stock)
+    message = refused("edit", "in.png", "car", "-o", "out.png", "--source-prompt", source_prompt, "--model", stock)
+    assert f"cannot load {cli.MASK_MODEL}: the Hugging Face Hub cannot be reached" in message
+    assert "--model mini" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "says"),
+    [
+        (OSError("not found"), RepositoryNotFoundError.__new__(RepositoryNotFoundError), "has no such model"),
+        (OSError(28, "No space left on device"), None, "the cache cannot be written to (No space left on device)"),
+    ],
+)
+def test_model_that_cannot_be_downloaded(refused, monkeypatch, error, cause, says):
+    def download(name, **kwargs):
+        raise error from cause
+
+    monkeypatch.setattr(IEditPipeline, "download", download)
+    message = refused("edit", "in.png", "car", "-o", "out.png", "--model", "someone/something")
+    assert "cannot load someone/something: " in message
+    assert says in message
+
+
+# The command as a process
+
+
+def run_process(*argv, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "diffusers_iedit.cli", *argv],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+def test_help_imports_no_library():
+    code = "import sys; from diffusers_iedit import cli; cli.build_parser().format_help(); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "diffusers", "transformers", "numpy", "huggingface_hub"}.intersection(modules)
+
+
+def test_process_without_a_hub(folder):
+    result = run_process(
+        *["edit", "in.png", "car", "-o", "out.png"],
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(folder / "cache"),
+        HF_TOKEN="hf_secret",
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "--model mini" in result.stderr
+    assert "hf_secret" not in result.stderr
+
+
+def test_process_with_the_mini_models_is_quick_and_says_only_what_matters(folder):
+    mini.render(seed=0).image.save("in.png")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = run_process(
+        *["edit", "in.png", "a blue car on green grass " * 20, "-o", "out.png", "--mask-prompt", "car"],
+        *["--model", "mini", "--mask-threshold", "0"],
+        OMP_NUM_THREADS="1",
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r"out\.png: \d+\.\d s, seed \d+\n", result.stdout)
+    assert "truncated" in result.stderr
+    assert "torchvision" not in result.stderr
+    assert "Loading" not in result.stderr
+    # Seconds of CPU on one thread, which unlike those on the clock do not depend on what else the machine does.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10

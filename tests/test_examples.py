@@ -1,0 +1,95 @@
+"""Every script in `examples/` runs as its docstring says, on small models."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from PIL import Image, ImageDraw
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with a photo and a mask of its middle."""
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.png")
+    mask = Image.new("L", (64, 48), 0)
+    ImageDraw.Draw(mask).rectangle((16, 16, 47, 31), fill=255)
+    mask.save(tmp_path / "mask.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    def run(name, *argv):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    return run
+
+
+def changed(first, second):
+    return (np.asarray(Image.open(first)) != np.asarray(Image.open(second))).any(axis=-1)
+
+
+PHOTO = ("photo.png", "mask.png", "a blue car", "edited.png", "--steps", "4")
+
+
+def test_edit_mini(folder, run, capsys):
+    run("edit_mini.py", "--seed", "0", "--colour", "purple", "--output-dir", "outputs")
+    outside = np.asarray(Image.open("outputs/mask.png")) == 0
+    difference = changed("outputs/source.png", "outputs/edit.png")
+    assert difference.any()
+    assert not difference[outside].any()
+    assert " -> " in capsys.readouterr().out
+
+
+def test_edit_photo(folder, run):
+    StableDiffusionImg2ImgPipeline(**tiny_models.sd_components()).save_pretrained("model")
+    run("edit_photo.py", *PHOTO, "--model", "model", "--processing-resolution", "32")
+    difference = changed("photo.png", "edited.png")
+    assert difference.any()
+    assert not difference[np.asarray(Image.open("mask.png")) == 0].any()
+
+
+def test_local_sdxl(folder, run):
+    components = tiny_models.sdxl_components()
+    # A VAE that encodes without noise, as trained ones nearly do: what is left to the seed is the edit.
+    with torch.no_grad():
+        components["vae"].quant_conv.weight[4:] = 0
+        components["vae"].quant_conv.bias[4:] = -30
+    StableDiffusionXLImg2ImgPipeline(**components).save_pretrained("model")
+    Image.new("L", (64, 48), 0).save("black.png")
+    results = {}
+    for mask in ("mask", "black"):
+        for seed in (0, 1):
+            argv = ["photo.png", f"{mask}.png", "a blue car", f"{mask}-{seed}.png", "--seed", seed]
+            run("local_sdxl.py", *argv, "--model", "model", "--size", "64", "--steps", "4")
+            results[mask, seed] = np.asarray(Image.open(f"{mask}-{seed}.png")).astype(int)
+    assert results["mask", 0].shape == (48, 64, 3)
+    assert np.abs(results["mask", 0] - results["mask", 1]).max() > 10
+    assert np.abs(results["black", 0] - results["black", 1]).max() <= 1
+
+
+def test_custom_pipeline(folder, run):
+    StableDiffusionImg2ImgPipeline(**tiny_models.sd_components()).save_pretrained("model")
+    run("custom_pipeline.py", *PHOTO, "--model", "model")
+    difference = changed("photo.png", "edited.png")
+    assert difference.any()
+    assert not difference[np.asarray(Image.open("mask.png")) == 0].any()
+
+
+def test_every_example_is_listed_and_run():
+    scripts = {path.name for path in EXAMPLES.glob("*.py")}
+    tests = {name.removeprefix("test_") + ".py" for name in globals() if name.startswith("test_")}
+    index = (EXAMPLES / "README.md").read_text()
+    assert scripts <= tests
+    assert all(f"({script})" in index for script in scripts)

@@ -1,0 +1,270 @@
+"""The mini world (drawn pictures with captions, exact masks and exact edits) and the models trained on it."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPModel, CLIPTokenizer
+
+from diffusers_iedit import IEditPipeline, mini
+from diffusers_iedit.mini.judging import Judge
+
+
+SEEDS = range(40)
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+def differs(scene, other):
+    return (pixels(scene.image) != pixels(other.image)).any(axis=2)
+
+
+def is_thing(scene, index=None):
+    return pixels(scene.mask if index is None else scene.masks[index]) == 255
+
+
+# The world
+
+
+def test_the_same_seed_draws_the_same_picture_on_every_machine():
+    scene = mini.render(0)
+    drawn = hashlib.sha256(scene.image.tobytes() + scene.mask.tobytes()).hexdigest()
+    assert scene.caption == "a blue flower and a green house on calm water"
+    assert drawn == "12d3465b06083a1f32a24a80df0a940ba6df914443ee274586ff0130ff89b7ad"
+
+
+def test_pictures_are_rgb_and_masks_are_binary():
+    for seed in SEEDS:
+        scene = mini.render(seed)
+        assert (scene.image.mode, scene.image.size) == ("RGB", (64, 64))
+        assert (scene.mask.mode, scene.mask.size) == ("L", (64, 64))
+        assert set(np.unique(scene.mask)) == {0, 255}
+
+
+def test_every_caption_is_listed_once():
+    captions = mini.captions()
+    assert len(captions) == len(set(captions))
+    assert {mini.render(seed).caption for seed in range(500)} <= set(captions)
+    assert "a red car on green grass" in captions
+    assert "an orange cup and a blue ball in deep snow" in captions
+
+
+def test_captions_name_the_left_thing_first():
+    for seed in SEEDS:
+        scene = mini.render(seed, things=2)
+        left, right = (np.nonzero(is_thing(scene, index))[1].mean() for index in (0, 1))
+        assert left < right
+        assert scene.caption.index(scene.things[0].name) < scene.caption.index(scene.things[1].name)
+
+
+def test_training_scenes_never_show_a_held_out_combination():
+    assert len(mini.held_out_captions()) == 36
+    assert set(mini.held_out_captions()) <= set(mini.captions(1))
+    for seed in range(1000):
+        scene = mini.render(seed, split="train")
+        for thing in scene.things:
+            assert mini.caption([(thing.noun, thing.colour)], scene.scene) not in mini.held_out_captions()
+
+
+def test_held_out_scenes_always_show_one():
+    for seed in range(300):
+        scene = mini.render(seed, split="held_out")
+        alone = [mini.caption([(thing.noun, thing.colour)], scene.scene) for thing in scene.things]
+        assert scene.held_out
+        assert set(alone) & set(mini.held_out_captions())
+
+
+@pytest.mark.parametrize("change", [{"thing": "hat"}, {"colour": "pink"}, {"thing": "fish", "colour": "white"}])
+def test_a_swap_changes_the_picture_only_inside_the_two_masks(change):
+    for seed in SEEDS:
+        scene = mini.render(seed)
+        edited = scene.swap(**change)
+        assert not differs(scene, edited)[~is_thing(scene) & ~is_thing(edited)].any()
+
+
+def test_a_swap_of_colour_keeps_the_mask_and_changes_most_of_it():
+    for seed in SEEDS:
+        scene = mini.render(seed)
+        edited = scene.swap(colour="blue" if scene.thing.colour != "blue" else "red")
+        assert (is_thing(scene) == is_thing(edited)).all()
+        assert differs(scene, edited)[is_thing(scene)].mean() > 0.5
+
+
+def test_a_swap_leaves_the_other_thing_alone():
+    for seed in SEEDS:
+        scene = mini.render(seed, things=2)
+        for index in (0, 1):
+            edited = scene.swap(thing="cat", colour="orange", index=index)
+            assert edited.things[index].name == "orange cat"
+            assert edited.things[1 - index] == scene.things[1 - index]
+            assert not differs(scene, edited)[is_thing(scene, 1 - index)].any()
+
+
+def test_masks_of_two_things_are_disjoint():
+    for seed in SEEDS:
+        scene = mini.render(seed, things=2)
+        assert not (is_thing(scene, 0) & is_thing(scene, 1)).any()
+
+
+def test_any_thing_mostly_fits_where_another_stood():
+    scene = mini.render(1)
+    things = [is_thing(scene.swap(thing=noun)) for noun in mini.NOUNS]
+    assert min((one & other).sum() / other.sum() for one in things for other in things) > 0.5
+
+
+def test_a_swap_for_something_unknown_lists_what_there_is():
+    with pytest.raises(ValueError, match=r"no red zebra.*car, bus"):
+        mini.render(1).swap(thing="zebra", colour="red")
+
+
+def test_the_world_needs_no_torch():
+    code = "import sys, diffusers_iedit.mini; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+# The models
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = IEditPipeline.from_pretrained(mini.model_path())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_weights_stay_small():
+    files = [path for name in ("model", "clip", "judge") for path in (mini.model_path().parent / name).rglob("*.*")]
+    sizes = [path.stat().st_size for path in files]
+    assert max(sizes) <= 16e6
+    assert sum(sizes) <= 40e6
+
+
+def test_fp16_weights_load_in_fp32(pipe):
+    models = {name: module.dtype for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
+    assert set(models) == {"vae", "text_encoder", "unet", "mask_model"}
+    assert set(models.values()) == {torch.float32}
+    assert CLIPModel.from_pretrained(mini.clip_path()).dtype == torch.float32
+
+
+def test_the_pipeline_needs_no_safety_checker():
+    index = json.loads((mini.model_path() / "model_index.json").read_text())
+    assert index["requires_safety_checker"] is False
+    assert index["safety_checker"] == [None, None]
+
+
+def test_the_text_encoder_is_the_text_tower_of_clip(pipe):
+    clip = CLIPModel.from_pretrained(mini.clip_path())
+    tokenizer = CLIPTokenizer.from_pretrained(mini.clip_path())
+    prompt = "a red car and a blue ball on green grass"
+    inputs = tokenizer(prompt, padding="max_length", return_tensors="pt")
+    assert torch.equal(inputs.input_ids, pipe.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids)
+    with torch.no_grad():
+        states, tower = pipe.text_encoder(inputs.input_ids)[0], clip.text_model(inputs.input_ids)[0]
+    torch.testing.assert_close(states, tower)
+
+
+def test_every_word_is_one_token_and_other_text_still_has_tokens(pipe):
+    for word in {word for caption in mini.captions(1) for word in caption.split()} | {"and"}:
+        assert len(pipe.tokenizer(word).input_ids) == 3, word
+    ids = pipe.tokenizer("Zwölf 日本 🚗").input_ids
+    assert pipe.tokenizer.unk_token_id not in ids[1:-1]
+
+
+def test_the_vae_keeps_the_picture(pipe):
+    scenes = [mini.render(seed) for seed in range(8)]
+    images = torch.from_numpy(np.stack([pixels(scene.image) for scene in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        decoded = pipe.vae.decode(pipe.vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+    error = ((decoded - images) / 2).pow(2).mean(1)
+    things = torch.from_numpy(np.stack([np.max([pixels(mask) for mask in scene.masks], axis=0) for scene in scenes]))
+    assert -10 * error.mean().log10() > 30
+    assert -10 * error[things > 0].mean().log10() > 24
+
+
+def test_clip_prefers_the_right_caption_to_near_misses():
+    clip = CLIPModel.from_pretrained(mini.clip_path())
+    tokenizer = CLIPTokenizer.from_pretrained(mini.clip_path())
+    captions = [
+        "a red car and a blue ball on green grass",
+        "a blue car and a red ball on green grass",
+        "a blue ball and a red car on green grass",
+        "a red bus and a blue ball on green grass",
+        "a red car and a blue ball in deep snow",
+        "a red car on green grass",
+    ]
+    scene = mini.render(2, things=2)
+    scene = scene.swap("car", "red", index=0).swap("ball", "blue", index=1)
+    image = torch.from_numpy(pixels(scene.image)).permute(2, 0, 1)[None] / 127.5 - 1
+    near = [caption.replace("on green grass", scene.scene) for caption in captions]
+    near[4] = captions[0].replace("on green grass", next(other for other in mini.SCENES if other != scene.scene))
+    with torch.no_grad():
+        logits = clip(**tokenizer(near, padding=True, return_tensors="pt"), pixel_values=image).logits_per_image
+    assert logits.argmax() == 0
+
+
+def test_the_mask_model_marks_the_thing_that_is_asked_for(pipe):
+    overlaps = []
+    for seed in range(8):
+        scene = mini.render(seed, things=2)
+        for index, thing in enumerate(scene.things):
+            found = pixels(pipe.predict_mask(scene.image, mask_prompt=thing.name)[0]) > 127
+            truth = is_thing(scene, index)
+            overlaps.append((found & truth).sum() / (found | truth).sum())
+    assert np.mean(overlaps) > 0.7
+
+
+@pytest.mark.parametrize("absent", ["a noun", "a colour"])
+def test_the_mask_model_marks_nothing_when_the_thing_is_not_there(pipe, absent):
+    scenes = [mini.render(seed, things=1) for seed in range(16)]
+    terms = []
+    for scene in scenes:
+        other = scene.swap(thing="boat" if scene.thing.noun != "boat" else "cup")
+        if absent == "a colour":
+            other = scene.swap(colour="blue" if scene.thing.colour != "blue" else "red")
+        terms.append(other.thing.name)
+    inputs = pipe.mask_processor(
+        text=terms, images=[scene.image for scene in scenes], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        marked = pipe.mask_model(**inputs).logits.sigmoid() > 0.5
+    assert marked.float().mean() < 0.02
+
+
+def test_the_judge_tells_things_colours_and_scenes_apart():
+    judge = Judge.from_pretrained(mini.judge_path())
+    scenes = [mini.render(seed, things=1) for seed in SEEDS]
+    seen = [(verdict.noun, verdict.colour, verdict.scene) for verdict in judge.look([scene.image for scene in scenes])]
+    truth = [(scene.thing.noun, scene.thing.colour, scene.scene) for scene in scenes]
+    assert np.mean([one == other for one, other in zip(seen, truth, strict=True)]) > 0.95
+
+
+def test_an_edit_shows_what_the_prompt_names_and_leaves_the_rest(pipe):
+    judge = Judge.from_pretrained(mini.judge_path())
+    scenes = [mini.render(seed) for seed in range(8)]
+    targets = [
+        scene.swap(thing=next(noun for noun in mini.NOUNS if noun not in scene.caption))
+        if seed % 2
+        else scene.swap(colour=next(colour for colour in mini.COLOURS if colour not in scene.caption))
+        for seed, scene in enumerate(scenes)
+    ]
+    images = pipe(
+        [scene.image for scene in scenes],
+        [target.caption for target in targets],
+        mask_image=[scene.mask for scene in scenes],
+        num_inference_steps=20,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    verdicts = judge.look(images, [scene.mask for scene in scenes])
+    right = [
+        (verdict.noun, verdict.colour) == (target.thing.noun, target.thing.colour)
+        for verdict, target in zip(verdicts, targets, strict=True)
+    ]
+    assert sum(right) >= 6
+    for scene, image in zip(scenes, images, strict=True):
+        assert (pixels(image) == pixels(scene.image))[~is_thing(scene)].all()
