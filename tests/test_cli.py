@@ -510,7 +510,7 @@ def test_model_of_another_kind(refused, tmp_path_factory, pipeline_class, compon
     folder = tmp_path_factory.mktemp("other")
     pipeline_class(**components()).save_pretrained(folder)
     message = refused("edit", "in.png", "car", "-o", "out.png", "--model", folder)
-    assert f"cannot edit with {folder}: it is no Stable Diffusion 1 or 2" in message
+    assert f"cannot load {folder}: ValueError: `unet` has to" in message
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a model"])

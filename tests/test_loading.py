@@ -170,6 +170,18 @@ def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
         IEditPipeline.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("unet", "message"),
+    [
+        ({"in_channels": 9}, "`unet` has to take the 4 latent channels .* but takes 9"),
+        ({"addition_embed_type": "text"}, "`unet` has to be one of Stable Diffusion 1 or 2"),
+    ],
+)
+def test_models_for_other_tasks_are_refused_before_an_edit(unet, message):
+    with pytest.raises(ValueError, match=message):
+        IEditPipeline(**tiny_models.sd_components(**unet))
+
+
 # What the stock pipeline offers
 
 

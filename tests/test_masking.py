@@ -88,3 +88,9 @@ def test_feather_keeps_thin_masks():
     mask = torch.zeros(1, 1, 9, 9)
     mask[..., 4, :] = 1
     assert (feather(mask, 4)[..., 4, :] > 0).all()
+
+
+def test_feather_wider_than_the_mask_takes_no_longer_than_the_mask_is_deep():
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 20:40, 20:40] = 1
+    assert torch.equal(feather(mask, 10**9) > 0, mask > 0)

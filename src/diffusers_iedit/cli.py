@@ -327,11 +327,6 @@ def _load_pipeline(name: str, edits: bool, finds_mask: bool, captions: bool) -> 
         folder = _download(name, lambda: IEditPipeline.download(name, **left_out))
     with _reading(name):
         pipe = IEditPipeline.from_pretrained(folder, dtype=dtype, **left_out)
-    # diffusers also loads the folders of SDXL and of inpainting models here, whose UNets want other inputs.
-    if edits:
-        unet = pipe.unet.config
-        if unet.addition_embed_type is not None or unet.in_channels != pipe.vae.config.latent_channels:
-            raise UserError(f"cannot edit with {name}: it is no Stable Diffusion 1 or 2 text-to-image model")
     if finds_mask and pipe.mask_model is None:
         from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 

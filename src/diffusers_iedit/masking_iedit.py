@@ -132,5 +132,7 @@ def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
     eroded = total = mask
     for _ in range(width):
         eroded = 1 - dilate(1 - eroded, 1)
+        if not eroded.any():
+            break
         total = total + eroded
     return total / (width + 1)

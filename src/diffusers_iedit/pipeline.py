@@ -204,8 +204,8 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
     >>> from diffusers_iedit import IEditPipeline, mini
 
     >>> pipe = IEditPipeline.from_pretrained(mini.model_path())
-    >>> scene = mini.render(seed=0)
-    >>> result = pipe(scene.image, "a blue car on green grass", mask_image=scene.mask)
+    >>> scene = mini.render(seed=22)  # an orange car and a red ball on green grass
+    >>> result = pipe(scene.image, "an orange car and a red cat on green grass", mask_image=scene.mask)
     >>> result.images[0].save("edited.png")
     ```
     """
@@ -248,6 +248,17 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             image_encoder=image_encoder,
             requires_safety_checker=requires_safety_checker,
         )
+        # diffusers would load the folders of SDXL, inpainting and instruction models too, whose UNets fail mid-edit.
+        if unet is not None and unet.config.addition_embed_type is not None:
+            raise ValueError(
+                "`unet` has to be one of Stable Diffusion 1 or 2, but takes further embeddings, like SDXL's. Use the"
+                " model's own image-to-image pipeline with `IEditMaskedScheduler.wrap`."
+            )
+        if unet is not None and vae is not None and unet.config.in_channels != vae.config.latent_channels:
+            raise ValueError(
+                f"`unet` has to take the {vae.config.latent_channels} latent channels of `vae`, but takes"
+                f" {unet.config.in_channels}: it is made for inpainting or another task."
+            )
         self.register_modules(
             mask_model=mask_model,
             mask_processor=mask_processor,
