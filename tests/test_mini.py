@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,3 +269,14 @@ def test_an_edit_shows_what_the_prompt_names_and_leaves_the_rest(pipe):
     assert sum(right) >= 6
     for scene, image in zip(scenes, images, strict=True):
         assert (pixels(image) == pixels(scene.image))[~is_thing(scene)].all()
+
+
+@pytest.mark.slow
+def test_every_bar_holds_on_scenes_that_no_training_saw(tmp_path):
+    script = Path(__file__).parents[1] / "training" / "mini" / "measure.py"
+    subprocess.run([sys.executable, str(script), "--json", str(tmp_path / "measured.json")], check=True)
+    measured = [each for each in json.loads((tmp_path / "measured.json").read_text()) if each["bar"] is not None]
+    assert {"vae", "clip", "clipseg", "text_to_image", "edit"} <= {each["part"] for each in measured}
+    for each in measured:
+        reached, bar = (-each["value"], -each["bar"]) if each["at_most"] else (each["value"], each["bar"])
+        assert reached >= bar, each

@@ -886,19 +886,22 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         # 10. Decode (Eq. 6) and set the edited region into the source's own pixels
         if mask is not None:
             mask = feather(mask, mask_feather).repeat_interleave(num_images_per_prompt, dim=0)
-        if output_type == "latent":
-            images, has_nsfw_concept = latents, None
-        else:
+        images, has_nsfw_concept = latents, None
+        if output_type != "latent":
             latents = latents / self.vae.config.scaling_factor
             images = self.vae.decode(latents, return_dict=False, generator=generator)[0]
             images, has_nsfw_concept = self.run_safety_checker(images, device, prompt_embeds.dtype)
             is_safe = [not nsfw for nsfw in has_nsfw_concept or [False] * num_results]
             images = self.image_processor.postprocess(images, "pt", do_denormalize=is_safe)
-            images = self._resize(images[..., : work_size[0], : work_size[1]].float(), (height, width)).clamp(0, 1)
+            images = images[..., : work_size[0], : work_size[1]].float()
+            if work_size != (height, width):
+                # The large picture is put together on the CPU, so that a GPU holds the small copy alone.
+                images = self._resize(images.cpu(), (height, width))
             if mask is not None and keep_background and pixels is not None:
                 images = self._set_into_source(images, pixels, mask, is_safe)
+        masks = None if mask is None else self._output_masks(mask.to(images.device), output_type)
+        if output_type != "latent":
             images = self._output_images(images, alphas, output_type)
-        masks = None if mask is None else self._output_masks(mask, output_type)
 
         # Offload all models
         self.maybe_free_model_hooks()

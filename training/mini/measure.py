@@ -38,7 +38,9 @@ class Result:
 
     def __str__(self) -> str:
         bar = "" if self.bar is None else f"{'<=' if self.at_most else '>='} {self.bar:g}"
-        kept = "" if self.bar is None else ("ok" if (self.value <= self.bar) == self.at_most else "MISSED")
+        kept = ""
+        if self.bar is not None:
+            kept = "ok" if (self.value <= self.bar if self.at_most else self.value >= self.bar) else "MISSED"
         return f"{self.part:16} {self.what:66} {self.value:8.4f}  {bar:8} {kept}"
 
 
