@@ -37,18 +37,6 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working folder with a picture and a mask of its middle."""
-    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "in.png")
-    mask = Image.new("L", (64, 48), 0)
-    ImageDraw.Draw(mask).rectangle((16, 16, 47, 31), fill=255)
-    mask.save(tmp_path / "mask.png")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def iedit(model, capfd):
     """Run the command on the tiny model; returns its one line of output."""
 

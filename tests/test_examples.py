@@ -9,22 +9,10 @@ import pytest
 import tiny_models
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
-from PIL import Image, ImageDraw
+from PIL import Image
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working folder with a photo and a mask of its middle."""
-    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "photo.png")
-    mask = Image.new("L", (64, 48), 0)
-    ImageDraw.Draw(mask).rectangle((16, 16, 47, 31), fill=255)
-    mask.save(tmp_path / "mask.png")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -40,7 +28,7 @@ def changed(first, second):
     return (np.asarray(Image.open(first)) != np.asarray(Image.open(second))).any(axis=-1)
 
 
-PHOTO = ("photo.png", "mask.png", "a blue car", "edited.png", "--steps", "4")
+PHOTO = ("in.png", "mask.png", "a blue car", "edited.png", "--steps", "4")
 
 
 def test_edit_mini(folder, run, capsys):
@@ -55,7 +43,7 @@ def test_edit_mini(folder, run, capsys):
 def test_edit_photo(folder, run):
     StableDiffusionImg2ImgPipeline(**tiny_models.sd_components()).save_pretrained("model")
     run("edit_photo.py", *PHOTO, "--model", "model", "--processing-resolution", "32")
-    difference = changed("photo.png", "edited.png")
+    difference = changed("in.png", "edited.png")
     assert difference.any()
     assert not difference[np.asarray(Image.open("mask.png")) == 0].any()
 
@@ -71,7 +59,7 @@ def test_local_sdxl(folder, run):
     results = {}
     for mask in ("mask", "black"):
         for seed in (0, 1):
-            argv = ["photo.png", f"{mask}.png", "a blue car", f"{mask}-{seed}.png", "--seed", seed]
+            argv = ["in.png", f"{mask}.png", "a blue car", f"{mask}-{seed}.png", "--seed", seed]
             run("local_sdxl.py", *argv, "--model", "model", "--size", "64", "--steps", "4")
             results[mask, seed] = np.asarray(Image.open(f"{mask}-{seed}.png")).astype(int)
     assert results["mask", 0].shape == (48, 64, 3)
@@ -82,7 +70,7 @@ def test_local_sdxl(folder, run):
 def test_custom_pipeline(folder, run):
     StableDiffusionImg2ImgPipeline(**tiny_models.sd_components()).save_pretrained("model")
     run("custom_pipeline.py", *PHOTO, "--model", "model")
-    difference = changed("photo.png", "edited.png")
+    difference = changed("in.png", "edited.png")
     assert difference.any()
     assert not difference[np.asarray(Image.open("mask.png")) == 0].any()
 
