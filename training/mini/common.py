@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,6 +160,16 @@ class Run:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
+
+    @contextmanager
+    def finished(self, name: str):
+        """A folder to save the trained part in, which gets its name when all is saved: it is complete or absent."""
+        partial = self.folder / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        partial.rename(self.folder / name)
 
     def log(self, step: int, **values: float) -> None:
         """Prints a line of numbers."""

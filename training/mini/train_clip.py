@@ -4,7 +4,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -267,12 +266,13 @@ def main() -> None:
             )
             clip.train()
 
-    folder: Path = run.folder / "clip"
-    save_half(run.accelerator.unwrap_model(clip), folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessor(
+    image_processor = CLIPImageProcessor(
         size={"shortest_edge": SIZE}, crop_size=SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    ).save_pretrained(folder)
+    )
+    with run.finished("clip") as folder:
+        save_half(run.accelerator.unwrap_model(clip), folder)
+        tokenizer.save_pretrained(folder)
+        image_processor.save_pretrained(folder)
 
 
 if __name__ == "__main__":

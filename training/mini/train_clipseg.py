@@ -245,9 +245,9 @@ def main() -> None:
             run.log(step + 1, **{f"two_{k}": v for k, v in measure(model, processor, two).items()})
             model.train()
 
-    folder = run.folder / "clipseg"
-    save_half(run.accelerator.unwrap_model(model), folder)
-    processor.save_pretrained(folder)
+    with run.finished("clipseg") as folder:
+        save_half(run.accelerator.unwrap_model(model), folder)
+        processor.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def main() -> None:
             run.log(step + 1, loss=loss, thing=right[0], colour=right[1], scene=right[2])
 
     weights = run.accelerator.unwrap_model(judge).half().state_dict()
-    (run.folder / "judge").mkdir(exist_ok=True)
-    save_file(weights, run.folder / "judge" / "model.safetensors")
+    with run.finished("judge") as folder:
+        save_file(weights, folder / "model.safetensors")
 
 
 if __name__ == "__main__":

@@ -154,8 +154,9 @@ def main() -> None:
 
     unet = run.accelerator.unwrap_model(unet)
     ema.copy_to(unet.parameters())
-    save_half(unet, run.folder / "unet")
     scheduler.save_pretrained(run.folder / "scheduler")
+    with run.finished("unet") as folder:
+        save_half(unet, folder)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def main() -> None:
         )
     vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 5))
     run.log(args.steps, scaling_factor=vae.config.scaling_factor, **decibels(vae, test_images, test_things))
-    save_half(vae, run.folder / "vae")
+    with run.finished("vae") as folder:
+        save_half(vae, folder)
 
 
 if __name__ == "__main__":
