@@ -1,6 +1,7 @@
 """The mini world (drawn pictures with captions, exact masks and exact edits) and the models trained on it."""
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -9,13 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPModel, CLIPTokenizer
+from datasets import load_dataset
+from PIL import Image
+from transformers import (
+    BlipForConditionalGeneration,
+    BlipProcessor,
+    CLIPModel,
+    CLIPSegForImageSegmentation,
+    CLIPSegProcessor,
+    CLIPTokenizer,
+)
 
 from diffusers_iedit import IEditPipeline, mini
 from diffusers_iedit.mini.judging import Judge
 
 
 SEEDS = range(40)
+TRAINING = Path(__file__).parents[1] / "training" / "mini"
 
 
 def pixels(image):
@@ -148,8 +159,9 @@ def test_the_weights_stay_small():
 
 def test_fp16_weights_load_in_fp32(pipe):
     models = {name: module.dtype for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
-    assert set(models) == {"vae", "text_encoder", "unet", "mask_model"}
+    assert set(models) == {"vae", "text_encoder", "unet", "mask_model", "captioner"}
     assert set(models.values()) == {torch.float32}
+    assert BlipForConditionalGeneration.from_pretrained(mini.captioner_path()).dtype == torch.float32
     assert CLIPModel.from_pretrained(mini.clip_path()).dtype == torch.float32
 
 
@@ -237,6 +249,57 @@ def test_the_mask_model_marks_nothing_when_the_thing_is_not_there(pipe, absent):
     assert marked.float().mean() < 0.02
 
 
+def test_the_mask_model_loads_alone_from_its_folder():
+    model = CLIPSegForImageSegmentation.from_pretrained(mini.mask_model_path())
+    processor = CLIPSegProcessor.from_pretrained(mini.mask_model_path())
+    scene = mini.render(0, things=1)
+    inputs = processor(text=[scene.thing.name], images=[scene.image], return_tensors="pt")
+    with torch.no_grad():
+        marked = model(**inputs).logits.squeeze() > 0
+    truth = torch.from_numpy(np.array(scene.mask.resize(marked.shape[::-1]))) > 127
+    assert (marked & truth).sum() / (marked | truth).sum() > 0.8
+
+
+def say(captioner, processor, **inputs):
+    token_ids = captioner.generate(**processor(**inputs, return_tensors="pt"), max_new_tokens=30)
+    return processor.batch_decode(token_ids, skip_special_tokens=True)
+
+
+def test_the_captioner_says_what_is_in_the_picture(pipe):
+    scenes = [mini.render(seed) for seed in range(12)]
+    assert {len(scene.things) for scene in scenes} == {1, 2}
+    said = say(pipe.captioner, pipe.caption_processor, images=[scene.image for scene in scenes])
+    assert sum(text == scene.caption for text, scene in zip(said, scenes, strict=True)) >= 11
+
+
+def test_the_captioner_loads_alone_from_its_folder(pipe):
+    captioner = BlipForConditionalGeneration.from_pretrained(mini.captioner_path())
+    processor = BlipProcessor.from_pretrained(mini.captioner_path())
+    images = [mini.render(seed).image for seed in range(4)]
+    assert say(captioner, processor, images=images) == say(pipe.captioner, pipe.caption_processor, images=images)
+
+
+def test_the_captioner_goes_on_from_a_text(pipe):
+    said = say(pipe.captioner, pipe.caption_processor, images=mini.render(0).image, text="a red car and")
+    assert said[0].startswith("a red car and a")
+
+
+def test_the_captioner_knows_every_word_and_spells_out_others(pipe):
+    tokenizer = pipe.caption_processor.tokenizer
+    for word in {word for caption in mini.captions(1) for word in caption.split()} | {"and"}:
+        assert len(tokenizer(word).input_ids) == 3, word
+    ids = tokenizer("Zebra-crossing, 50 % off!").input_ids
+    assert tokenizer.unk_token_id not in ids
+
+
+def test_the_captioner_finds_what_an_edit_changes(pipe):
+    scene = mini.render(2, things=2)
+    edited = scene.swap(thing=next(noun for noun in mini.NOUNS if noun not in scene.caption))
+    found = pixels(pipe.predict_mask(scene.image, prompt=edited.caption, source_prompt="auto")[0]) > 127
+    truth = is_thing(scene)
+    assert (found & truth).sum() / (found | truth).sum() > 0.7
+
+
 def test_the_judge_tells_things_colours_and_scenes_apart():
     judge = Judge.from_pretrained(mini.judge_path())
     scenes = [mini.render(seed, things=1) for seed in SEEDS]
@@ -271,12 +334,70 @@ def test_an_edit_shows_what_the_prompt_names_and_leaves_the_rest(pipe):
         assert (pixels(image) == pixels(scene.image))[~is_thing(scene)].all()
 
 
+# The training scripts
+
+
+def make_pool(*options):
+    command = [sys.executable, str(TRAINING / "make_pool.py"), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """A pool of eight pictures in three files, and beside it the truth."""
+    folder = tmp_path_factory.mktemp("pools") / "pool"
+    made = make_pool("--output_dir", folder, "--count", 8, "--rows_per_file", 3)
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+def load(data_files, cache_dir):
+    return load_dataset("parquet", data_files=str(data_files), split="train", cache_dir=str(cache_dir))
+
+
+def test_a_pool_loads_as_a_dataset_of_pictures_and_texts(pool, tmp_path):
+    rows = load_dataset(str(pool), split="train", cache_dir=str(tmp_path))
+    assert rows.column_names == ["image", "text"]
+    assert len(rows) == 8
+    assert len(list(pool.iterdir())) == 3
+    assert {(row["image"].mode, row["image"].size) for row in rows} == {("RGB", (64, 64))}
+    assert all(row["text"].strip() for row in rows)
+
+
+def test_the_truth_of_a_pool_draws_its_pictures_again(pool, tmp_path):
+    pictures = [row["bytes"] for row in load(pool / "*.parquet", tmp_path).data.column("image").to_pylist()]
+    truth = load(f"{pool}-truth.parquet", tmp_path)
+    assert [hashlib.sha256(png).hexdigest() for png in pictures] == truth["sha256"][:]
+    assert set(truth["split"][:]) == {"train"}
+    assert sorted(truth["things"][:]) == [1] * 4 + [2] * 4
+    for png, row in zip(pictures, truth, strict=True):
+        scene = mini.render(row["seed"], things=row["things"], split=row["split"])
+        assert (pixels(Image.open(io.BytesIO(png))) == pixels(scene.image)).all()
+
+
+@pytest.mark.parametrize("seed", [100_000, 1_000_000 - 7])
+def test_a_pool_shares_no_picture_with_training_or_measuring(tmp_path, seed):
+    made = make_pool("--output_dir", tmp_path / "pool", "--count", 8, "--seed", seed)
+    assert made.returncode == 2
+    assert "--seed and --count have to give seeds in [200000, 1000000)" in made.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pool_is_not_written_over_another(pool):
+    files = {file: file.read_bytes() for file in pool.iterdir()}
+    made = make_pool("--output_dir", pool, "--count", 1)
+    assert made.returncode == 2
+    assert f"--output_dir {pool} exists already" in made.stderr
+    assert {file: file.read_bytes() for file in pool.iterdir()} == files
+
+
 @pytest.mark.slow
 def test_every_bar_holds_on_scenes_that_no_training_saw(tmp_path):
-    script = Path(__file__).parents[1] / "training" / "mini" / "measure.py"
-    subprocess.run([sys.executable, str(script), "--json", str(tmp_path / "measured.json")], check=True)
+    subprocess.run(
+        [sys.executable, str(TRAINING / "measure.py"), "--json", str(tmp_path / "measured.json")], check=True
+    )
     measured = [each for each in json.loads((tmp_path / "measured.json").read_text()) if each["bar"] is not None]
-    assert {"vae", "clip", "clipseg", "text_to_image", "edit"} <= {each["part"] for each in measured}
+    assert {"vae", "clip", "clipseg", "captioner", "text_to_image", "edit"} <= {each["part"] for each in measured}
     for each in measured:
         reached, bar = (-each["value"], -each["bar"]) if each["at_most"] else (each["value"], each["bar"])
         assert reached >= bar, each

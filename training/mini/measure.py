@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from common import to_tensor
 from diffusers import StableDiffusionPipeline
+from train_captioner import measure as measure_captions
 from train_clip import embed_images, embed_texts
 from train_clipseg import measure as measure_masks
 from train_vae import decibels
@@ -23,7 +24,7 @@ from diffusers_iedit.mini.judging import Judge
 FIRST_SEED = 100_000
 """Seeds below a million are in no training; the first thousands served to watch it."""
 
-PARTS = ("judge", "vae", "clip", "clipseg", "text_to_image", "edit", "edit_found_mask")
+PARTS = ("judge", "vae", "clip", "clipseg", "captioner", "text_to_image", "edit", "edit_found_mask")
 
 
 @dataclass
@@ -101,6 +102,18 @@ def measure_clipseg(pipe: IEditPipeline, count: int) -> list[Result]:
             share = reached[f"marked_for_other_{kind}"]
             results.append(Result("clipseg", f"marked for a {kind} not there, {name}", share, 0.02, at_most=True))
     return results
+
+
+def measure_captioner(pipe: IEditPipeline, count: int) -> list[Result]:
+    return [
+        Result(
+            "captioner",
+            f"exactly the true caption, {name}",
+            measure_captions(pipe.captioner, pipe.caption_processor, group),
+            0.95,
+        )
+        for name, group in groups(count).items()
+    ]
 
 
 def measure_text_to_image(pipe: IEditPipeline, judge: Judge, count: int, guidance: float) -> list[Result]:
@@ -204,6 +217,7 @@ def main() -> None:
         "vae": lambda: measure_vae(pipe, args.scenes),
         "clip": lambda: measure_clip(args.clip, args.scenes),
         "clipseg": lambda: measure_clipseg(pipe, args.scenes),
+        "captioner": lambda: measure_captioner(pipe, args.scenes),
         "text_to_image": lambda: measure_text_to_image(pipe, judge, args.scenes, args.text_guidance),
         "edit": lambda: measure_edits(pipe, judge, args.scenes, "edit", **settings),
         "edit_found_mask": lambda: measure_edits(pipe, judge, args.scenes, "edit_found_mask", **settings),

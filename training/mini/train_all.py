@@ -16,6 +16,7 @@ PARTS = {
     "judge": "judge/judge",
     "clip": "clip/clip",
     "clipseg": "clipseg/clipseg",
+    "captioner": "captioner/captioner",
     "unet": "unet/unet",
 }
 """Script -> the folder, in the work folder, that it leaves behind when it is done."""

@@ -25,11 +25,13 @@ __all__ = [
     "Scene",
     "Thing",
     "caption",
+    "captioner_path",
     "captions",
     "clip_path",
     "held_out_captions",
     "held_out_combinations",
     "judge_path",
+    "mask_model_path",
     "model_path",
     "render",
 ]
@@ -38,6 +40,16 @@ __all__ = [
 def model_path() -> Path:
     """The folder of the mini pipeline, for `IEditPipeline.from_pretrained`."""
     return Path(__file__).parent / "model"
+
+
+def mask_model_path() -> Path:
+    """The folder of the mini CLIPSeg with its processor, for `CLIPSegForImageSegmentation` and `CLIPSegProcessor`."""
+    return model_path() / "mask_model"
+
+
+def captioner_path() -> Path:
+    """The folder of the mini BLIP with its processor, for `BlipForConditionalGeneration` and `BlipProcessor`."""
+    return model_path() / "captioner"
 
 
 def clip_path() -> Path:
