@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from hub_server import HubServer
 from PIL import Image, ImageDraw
 
 
@@ -15,3 +16,10 @@ def folder(tmp_path, monkeypatch):
     mask.save(tmp_path / "mask.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub on loopback without any repositories; `hub.run` runs code in a process that knows no other one."""
+    with HubServer(tmp_path) as server:
+        yield server
