@@ -1,0 +1,70 @@
+"""Stage 2: BLIP writes the source caption y_1 of every image (Sec. 3.1)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from transformers import BlipForConditionalGeneration, BlipProcessor
+
+from .models import decode, load, place
+
+
+# BLIP-large writes words that are none ("arafed woman in a red dress", "araffe"), but Arafat is a name.
+_NO_WORDS = re.compile(r"\baraf(?!at)[a-z]*\b", re.IGNORECASE)
+
+
+@dataclass
+class CaptionOptions:
+    """Stage 2, caption: what describes the source images."""
+
+    caption_model: str = field(
+        default="Salesforce/blip-image-captioning-large", metadata={"help": "BLIP: Hub id, folder or mini"}
+    )
+    max_new_tokens: int = field(default=40, metadata={"help": "longest caption, in tokens"})
+    num_beams: int = field(default=1, metadata={"help": "beams of the caption search; 1 is greedy"})
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` has to be at least 1, but is {getattr(self, name)}.")
+
+
+class CaptionImages:
+    """Images in, captions out.
+
+    Args:
+        options (`CaptionOptions`): The model and how it is sampled.
+    """
+
+    def __init__(self, options: CaptionOptions):
+        self.options = options
+        self.processor = load(BlipProcessor, options.caption_model, "captioner")
+        self.model = place(load(BlipForConditionalGeneration, options.caption_model, "captioner"))
+
+    def prepare(self, batch: dict[str, list]) -> dict:
+        """`image` (B encoded images) -> what the model takes."""
+        return self.processor(images=decode(batch["image"]), return_tensors="pt")
+
+    @torch.inference_mode()
+    def predict(self, inputs: dict) -> dict[str, list]:
+        """-> `caption` (B strings)."""
+        pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
+        token_ids = self.model.generate(
+            pixel_values=pixel_values,
+            max_new_tokens=self.options.max_new_tokens,
+            num_beams=self.options.num_beams,
+            # Whatever the model's own settings say: the same image has to get the same caption.
+            do_sample=False,
+        )
+        captions = self.processor.batch_decode(token_ids, skip_special_tokens=True)
+        return {"caption": [clean_caption(caption) for caption in captions]}
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        return self.predict(self.prepare(batch))
+
+
+def clean_caption(caption: str) -> str:
+    """A caption of BLIP without the non-words that it sometimes begins with."""
+    return " ".join(_NO_WORDS.sub("", caption).split())

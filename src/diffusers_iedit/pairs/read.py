@@ -1,0 +1,372 @@
+"""Stage 1: captioned images from wherever `datasets` finds them; what is unfit is counted by reason and left out."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import tarfile
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+from PIL import ExifTags, Image, ImageOps
+
+
+FILE_TYPES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+
+# Of PIL's formats those that photographs come in. Some of the others run programs (EPS), and nobody vetted the files.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+
+SCHEMA = pa.schema({"image": pa.large_binary(), "caption": pa.string(), "hash": pa.uint64()})
+
+
+@dataclass
+class ReadOptions:
+    """Stage 1, read: which images, and which of them are fit to use."""
+
+    source: str = field(metadata={"help": "the source images: Hub id, folder, or parquet, arrow or tar file"})
+    source_split: str = field(default="train", metadata={"help": "split of the source"})
+    source_files: list[str] | None = field(
+        default=None, metadata={"help": "only these files of the source, as patterns: cc3m-train-000*.tar"}
+    )
+    source_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub id"})
+    image_column: str = field(default="image", metadata={"help": "column of the images (webdataset: jpg)"})
+    caption_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "keep the captions of this column instead of writing new ones: the LAION captions of Table 2"
+        },
+    )
+    pool: str | None = field(
+        default=None, metadata={"help": "where to look for the pseudo-targets; by default the source itself"}
+    )
+    pool_split: str = field(default="train", metadata={"help": "split of the pool"})
+    pool_files: list[str] | None = field(default=None, metadata={"help": "only these files of the pool"})
+    pool_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub id"})
+    pool_image_column: str | None = field(
+        default=None, metadata={"help": "column of the pool's images; by default --image_column"}
+    )
+    min_size: int = field(default=64, metadata={"help": "leave out images whose shorter side has fewer pixels"})
+    max_size: int = field(
+        default=768,
+        metadata={"help": "scale images down whose shorter side has more pixels; 384 is what iEdit trains at"},
+    )
+    shard_size: int = field(default=1000, metadata={"help": "images a shard: what a stopped build may have to repeat"})
+
+    def __post_init__(self):
+        for name in ("min_size", "max_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` has to be at least 1, but is {getattr(self, name)}.")
+        if self.max_size < self.min_size:
+            raise ValueError(f"`max_size` ({self.max_size}) has to be at least `min_size` ({self.min_size}).")
+
+    def collections(self) -> dict[str, Collection]:
+        """The source, and the pool if it is another collection."""
+        found = {
+            "source": Collection(
+                self.source,
+                self.source_split,
+                self.source_files,
+                self.source_revision,
+                self.image_column,
+                self.caption_column,
+                "source",
+            )
+        }
+        if self.pool is not None:
+            image_column = self.pool_image_column or self.image_column
+            found["pool"] = Collection(
+                self.pool, self.pool_split, self.pool_files, self.pool_revision, image_column, None, "pool"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Collection:
+    """One collection of images, and the name of the argument that asked for it."""
+
+    path: str
+    split: str
+    files: list[str] | None
+    revision: str | None
+    image_column: str
+    caption_column: str | None
+    argument: str
+
+    def open(self) -> datasets.IterableDataset:
+        """A stream of its rows, images as encoded bytes.
+
+        Raises:
+            ValueError: If there is no such collection, split or column.
+        """
+        path, files = self.path, self.files
+        if os.path.isfile(path):
+            if Path(path).suffix not in FILE_TYPES:
+                raise ValueError(f"`{self.argument}` has to end in {', '.join(FILE_TYPES)} if it is a file: {path}")
+            if files is not None:
+                raise ValueError(f"`{self.argument}_files` chooses among several files, but {path} is one.")
+            path, files = FILE_TYPES[Path(path).suffix], [path]
+        try:
+            builder = datasets.load_dataset_builder(path, data_files=files, revision=self.revision)
+            splits = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
+            if self.split not in splits:
+                raise ValueError(f"`{self.argument}_split` {self.split!r} is none of its splits: {', '.join(splits)}.")
+            tars = splits[self.split] if all(name.endswith(".tar") for name in splits[self.split]) else []
+            stream = None if tars else builder.as_streaming_dataset(self.split)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`{self.argument}` {self.path!r} cannot be opened: {error}") from error
+        if tars:
+            return self._open_tars(tars)
+        if stream.features is None:
+            raise ValueError(f"`{self.argument}` {self.path!r} declares no types of its columns: make parquet of it.")
+        self._check_columns(list(stream.features))
+        if not _holds_images(stream.features[self.image_column]):
+            raise ValueError(
+                f"`{self._image_argument}` {self.image_column!r} has to hold images, but holds"
+                f" {stream.features[self.image_column]}."
+            )
+        columns = [self.image_column]
+        if self.caption_column is not None:
+            columns.append(self.caption_column)
+            if not _has_type(stream.features[self.caption_column], "string", "large_string"):
+                raise ValueError(
+                    f"`caption_column` {self.caption_column!r} has to hold text, but holds"
+                    f" {stream.features[self.caption_column]}."
+                )
+        return stream.select_columns(columns).cast_column(self.image_column, datasets.Image(decode=False))
+
+    def _open_tars(self, files: list[str]) -> datasets.IterableDataset:
+        columns = set()
+        for file in files:
+            # A damaged tar is counted when it is read. Here the first one that is not says what there is.
+            with suppress(tarfile.TarError):
+                for sample in islice(_tar_samples(file), 32):
+                    columns |= sample.keys()
+            if columns:
+                break
+        self._check_columns(sorted(columns))
+        features = {self.image_column: datasets.Image(decode=False)}
+        if self.caption_column is not None:
+            features[self.caption_column] = datasets.Value("string")
+        arguments = {"files": files, "image_column": self.image_column, "caption_column": self.caption_column}
+        return datasets.IterableDataset.from_generator(
+            _tar_rows, features=datasets.Features(features), gen_kwargs=arguments
+        )
+
+    @property
+    def _image_argument(self) -> str:
+        return "image_column" if self.argument == "source" else "pool_image_column"
+
+    def _check_columns(self, columns: list[str]) -> None:
+        for option, column in ((self._image_argument, self.image_column), ("caption_column", self.caption_column)):
+            if column is not None and column not in columns:
+                raise ValueError(
+                    f"`{option}` {column!r} is no column of {self.argument} {self.path!r}; its columns:"
+                    f" {', '.join(columns) or 'none'}."
+                )
+
+
+def _has_type(feature, *types: str) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in types
+
+
+def _holds_images(feature) -> bool:
+    if isinstance(feature, dict):
+        return not feature.keys().isdisjoint(("bytes", "path"))
+    return isinstance(feature, datasets.Image) or _has_type(
+        feature, "binary", "large_binary", "string", "large_string"
+    )
+
+
+def _tar_samples(file: str) -> Iterator[dict[str, bytes]]:
+    """The samples of a webdataset tar: neighbouring members of one name, by what follows the name's first dot.
+
+    `datasets` reads such tars too, but takes one that is cut off between two members for whole, loses all that follows
+    a caption with one bad byte, and opens none whose first samples are incomplete.
+
+    Raises:
+        tarfile.TarError: If the tar is damaged, after its samples up to there.
+    """
+    try:
+        # Ranges of this size are fetched, and fetched again if that fails, when the file is remote.
+        with fsspec.open(file, block_size=2**25) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
+            key, sample = None, {}
+            for member in tar:
+                parts = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", member.name)
+                if not member.isreg() or parts is None:
+                    continue
+                name, column = parts[1], parts[2].lower()
+                if sample and (name != key or column in sample):
+                    yield sample
+                    sample = {}
+                key, sample[column] = name, tar.extractfile(member).read()
+            if sample:
+                yield sample
+            # tarfile takes a header that it cannot read for the end, but a whole tar ends with a block of zeros.
+            opened.seek(tar.offset)
+            if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("damaged header or no end")
+    except tarfile.TarError as error:
+        raise tarfile.ReadError(f"{file}: {error}") from error
+
+
+def _tar_rows(files: list[str], image_column: str, caption_column: str | None) -> Iterator[dict]:
+    for file in files:
+        for sample in _tar_samples(file):
+            row = {image_column: None}
+            if image_column in sample:
+                row[image_column] = {"bytes": sample[image_column], "path": None}
+            if caption_column is not None:
+                row[caption_column] = sample.get(caption_column, b"").decode(errors="replace")
+            yield row
+
+
+class UnfitImageError(ValueError):
+    """Why an image cannot serve: the word that it is counted under."""
+
+
+def fit_image(encoded: bytes | None, min_size: int, max_size: int) -> tuple[bytes, int]:
+    """An image as every later stage takes it: RGB, upright, of a bounded size.
+
+    Bytes that are fit already are returned as they are.
+
+    Args:
+        encoded (`bytes`, *optional*): An image file in a format that PIL reads.
+        min_size (`int`): Smallest shorter side, pixels.
+        max_size (`int`): Largest shorter side, pixels; larger images are scaled down.
+
+    Returns:
+        `tuple[bytes, int]`: The image file, and a 64-bit hash of its pixels that finds duplicates.
+
+    Raises:
+        UnfitImageError: "missing", "unreadable", "truncated", "too_small" or "too_large".
+    """
+    if not encoded:
+        raise UnfitImageError("missing")
+    try:
+        with warnings.catch_warnings():
+            # PIL warns of files that are large or odd but fine; those beyond its limit raise.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
+            if min(image.size) < min_size:
+                raise UnfitImageError("too_small")
+            kind, original = image.format, image.size
+            # A JPEG much larger than asked for is decoded at a fraction of its size.
+            image.draft(None, (max_size, max_size))
+            image.load()
+            turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+            fit = ImageOps.exif_transpose(image)
+            if fit.mode.startswith(("I", "F")):
+                # PIL clips more than 8 bits instead of scaling them.
+                values = np.nan_to_num(np.asarray(fit, dtype=np.float32))
+                white = 65535 if fit.mode.startswith("I") else max(values.max(), 1e-9)
+                fit = Image.fromarray((values * (255 / white)).clip(0, 255).astype(np.uint8))
+            transparent = fit.has_transparency_data
+            if transparent:
+                # What lies under transparent pixels is arbitrary, often black.
+                layer = fit.convert("RGBA")
+                fit = Image.new("RGB", layer.size, "white")
+                fit.paste(layer, mask=layer.getchannel("A"))
+            fit = fit.convert("RGB")
+            if min(fit.size) > max_size:
+                scale = max_size / min(fit.size)
+                fit = fit.resize([round(side * scale) for side in fit.size], Image.Resampling.LANCZOS)
+    except (UnfitImageError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise UnfitImageError("too_large") from error
+    except OSError as error:
+        raise UnfitImageError("truncated" if "truncated" in str(error) else "unreadable") from error
+    except Exception as error:
+        # Damaged files make PIL's decoders raise nearly anything: SyntaxError, struct.error, IndexError ...
+        raise UnfitImageError("unreadable") from error
+
+    pixels = hashlib.blake2b(fit.tobytes() + str(fit.size).encode(), digest_size=8).digest()
+    as_it_came = image.mode == "RGB" and fit.size == original and not turned and not transparent
+    if not as_it_came or kind not in ("JPEG", "PNG", "WEBP"):
+        # Neither the profile nor the transparency of the file that it came in describes it any more.
+        fit.info.clear()
+        file = io.BytesIO()
+        # What came without loss stays without.
+        fit.save(file, "JPEG" if kind in ("JPEG", "MPO", "WEBP") else "PNG", quality=95)
+        encoded = file.getvalue()
+    return encoded, int.from_bytes(pixels, "big")
+
+
+def clean_text(text: str | None) -> str:
+    """A caption on one line, without control characters; the joiners that emoji and some scripts need stay."""
+    kept = []
+    for character in text or "":
+        if character.isprintable() or character in "\u200c\u200d":
+            kept.append(character)
+        elif unicodedata.category(character) != "Cf":
+            # White space of any kind, control characters, halves of surrogate pairs.
+            kept.append(" ")
+    return " ".join("".join(kept).split())
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether a file of a collection is damaged. Anything else, above all a network that fails, has to stop the build:
+    its rows would be lost."""
+    # A bare OSError is pyarrow's for a file that is cut off: systems give an errno, libraries a class of their own.
+    bare = type(error) is OSError and error.errno is None
+    return bare or isinstance(error, (tarfile.TarError, pa.ArrowInvalid, UnicodeDecodeError))
+
+
+def read_rows(
+    stream: datasets.IterableDataset, collection: Collection, options: ReadOptions, dropped: Counter
+) -> Iterator[dict]:
+    """The rows of a stream that are fit, with the columns of SCHEMA; the others are counted in `dropped`."""
+    rows = iter(stream)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+            # No iterator goes on after an error: what is left of this file is lost with it.
+            warnings.warn(f"The rest of a damaged file in {collection.path} is left out: {error}", stacklevel=2)
+            dropped["damaged_file"] += 1
+            return
+        caption = row[collection.caption_column] if collection.caption_column else None
+        file = row[collection.image_column] or {"bytes": None, "path": None}
+        encoded = file["bytes"]
+        # A local file that is not there is missing. One of the Hub may be out of reach: that has to stop the build.
+        if encoded is None and file["path"] and ("://" in file["path"] or os.path.exists(file["path"])):
+            with fsspec.open(file["path"]) as opened:
+                encoded = opened.read()
+        try:
+            image, pixels = fit_image(encoded, options.min_size, options.max_size)
+        except UnfitImageError as reason:
+            dropped[str(reason)] += 1
+            continue
+        yield {"image": image, "caption": caption and clean_text(caption), "hash": pixels}
+
+
+def first_occurrences(hashes: list[np.ndarray]) -> list[np.ndarray]:
+    """Which rows of a collection to keep so that no image is there twice.
+
+    Args:
+        hashes (`list[np.ndarray]`): For each shard, in order, the hashes of its rows, uint64.
+
+    Returns:
+        `list[np.ndarray]`: For each shard the row numbers to keep, ascending.
+    """
+    _, first = np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]), return_index=True)
+    ends = np.cumsum([0, *map(len, hashes)])
+    first.sort()
+    cuts = np.searchsorted(first, ends)
+    return [first[start:end] - offset for start, end, offset in zip(cuts, cuts[1:], ends, strict=False)]

@@ -1,0 +1,226 @@
+"""The columns of a set of pairs: what `load_pairs` opens, and what `validate` finds."""
+
+import zlib
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_iedit.pairs import FEATURES, load_pairs, validate
+
+
+TEXTS = ("source_caption", "edit_prompt", "source_term", "target_term")
+
+
+def mask(width, height, mode="L"):
+    image = Image.new("L", (width, height))
+    image.paste(255, (4, 4, 20, 20))
+    return image.convert(mode)
+
+
+def row(number=0):
+    """A pair without a fault; its images differ in size."""
+    noise = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    return {
+        "source_image": Image.fromarray(noise),
+        "target_image": Image.fromarray(noise[:30, :35]),
+        "source_caption": f"a red car number {number}",
+        "edit_prompt": f"a blue car number {number}",
+        "source_term": "red car",
+        "target_term": "blue car",
+        "source_mask": mask(50, 40),
+        "target_mask": mask(35, 30),
+        "similarity": 0.5,
+    }
+
+
+def dataset(rows, features=FEATURES):
+    columns = {name: [each[name] for each in rows] for name in features}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def save(folder, pairs, split="train"):
+    pairs.to_parquet(folder / f"{split}-00000.parquet")
+    return folder
+
+
+def faults(**changes):
+    """What is wrong with three rows of which the second is changed."""
+    return validate(dataset([row(0), row(1) | changes, row(2)]))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_load_pairs_gives_the_rows_of_a_folder(tmp_path, streaming):
+    pairs = load_pairs(save(tmp_path, dataset([row(n) for n in range(10)])), streaming=streaming)
+    assert isinstance(pairs, datasets.IterableDataset if streaming else datasets.Dataset)
+    rows = list(pairs)
+    assert [each["edit_prompt"] for each in rows] == [f"a blue car number {n}" for n in range(10)]
+    np.testing.assert_array_equal(rows[3]["source_image"], row(3)["source_image"])
+    np.testing.assert_array_equal(rows[3]["target_mask"], row(3)["target_mask"])
+    assert rows[3]["target_mask"].mode == "L"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_load_pairs_gives_the_columns_in_their_order_and_no_others(tmp_path, streaming):
+    shuffled = dataset([row()]).select_columns(sorted(FEATURES)).add_column("url", ["http://a"])
+    assert load_pairs(save(tmp_path, shuffled), streaming=streaming).column_names == list(FEATURES)
+
+
+def test_load_pairs_opens_the_split_it_is_asked_for(tmp_path):
+    save(tmp_path, dataset([row(0)]))
+    save(tmp_path, dataset([row(1)]), "test")
+    assert load_pairs(tmp_path, split="test")[0]["edit_prompt"] == "a blue car number 1"
+
+
+def test_load_pairs_checks_the_first_rows_and_validate_all(tmp_path):
+    rows = [row(n) for n in range(12)]
+    rows[10]["source_term"] = ""
+    save(tmp_path, dataset(rows))
+    assert len(load_pairs(tmp_path)) == 12
+    assert validate(tmp_path) == [f"{tmp_path}, row 10: `source_term` is empty."]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_load_pairs_raises_with_a_line_for_each_fault(tmp_path, streaming):
+    save(tmp_path, dataset([row() | {"source_term": " ", "similarity": 2.0}]))
+    with pytest.raises(ValueError, match="no set of iEdit pairs") as error:
+        load_pairs(tmp_path, streaming=streaming)
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_validate_finds_nothing_in_a_right_set(tmp_path):
+    pairs = dataset([row(n) for n in range(3)])
+    assert validate(pairs) == []
+    assert validate(pairs.to_iterable_dataset()) == []
+    assert validate(save(tmp_path, pairs)) == []
+
+
+def test_more_columns_than_needed_are_fine_whatever_is_in_them():
+    pairs = dataset([row()]).add_column("photo", [{"bytes": b"damaged", "path": None}])
+    assert validate(pairs.cast_column("photo", datasets.Image())) == []
+
+
+def test_other_types_for_the_same_things_are_fine():
+    types = {name: datasets.Value("large_string") for name in TEXTS} | {"similarity": datasets.Value("float64")}
+    assert validate(dataset([row()], datasets.Features(FEATURES | types))) == []
+
+
+def test_a_column_that_is_missing_is_one_fault():
+    (fault,) = validate(dataset([row()]).remove_columns("edit_prompt"))
+    assert fault.startswith("the pairs: column `edit_prompt` is missing; there are source_image, target_image,")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "feature"),
+    [
+        ("source_mask", b"png", datasets.Value("binary")),
+        ("edit_prompt", 3, datasets.Value("int64")),
+        ("edit_prompt", ["a", "b"], datasets.List(datasets.Value("string"))),
+        ("similarity", "0.5", datasets.Value("string")),
+        ("similarity", 1, datasets.Value("int64")),
+    ],
+)
+def test_a_column_of_another_type_is_one_fault(name, value, feature):
+    (fault,) = validate(dataset([row() | {name: value}], datasets.Features(FEATURES | {name: feature})))
+    assert fault.startswith(f"the pairs: column `{name}` has to be ")
+    assert fault.endswith(f", but is {feature}.")
+
+
+def test_a_stream_without_types_is_one_fault():
+    stream = datasets.IterableDataset.from_generator(lambda: iter([row()]))
+    assert validate(stream) == [
+        "the pairs: the columns are not known; a data set with a schema (parquet, arrow, a Hub id) is needed."
+    ]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("text", ["", " \n", None])
+def test_an_empty_text_is_one_fault(name, text):
+    assert faults(**{name: text}) == [f"the pairs, row 1: `{name}` is empty."]
+
+
+@pytest.mark.parametrize("name", ["source_image", "target_image", "source_mask", "target_mask"])
+def test_an_image_that_is_missing_is_one_fault(name):
+    assert faults(**{name: None}) == [f"the pairs, row 1: `{name}` is missing."]
+
+
+@pytest.mark.parametrize("name", ["source_image", "target_image", "source_mask", "target_mask"])
+@pytest.mark.parametrize("damage", ["garbage", "cut", "too large"])
+def test_an_image_that_cannot_be_decoded_is_one_fault_and_the_rows_after_it_are_checked(name, damage):
+    whole = datasets.Image().encode_example(row()["source_image"])["bytes"]
+    large = whole[:16] + (2**16).to_bytes(4, "big") * 2 + whole[24:29]
+    large += zlib.crc32(large[12:]).to_bytes(4, "big") + whole[33:]
+    damaged = {"garbage": b"garbage", "cut": whole[: len(whole) // 2], "too large": large}
+    rows = [row(0), row(1) | {name: {"bytes": damaged[damage], "path": None}}, row(2) | {"edit_prompt": ""}]
+    first, second = validate(dataset(rows))
+    assert first.startswith(f"the pairs, row 1: `{name}` cannot be decoded: ")
+    assert second == "the pairs, row 2: `edit_prompt` is empty."
+
+
+@pytest.mark.parametrize("mode", ["1", "RGB", "LA"])
+def test_a_mask_of_another_mode_is_one_fault(mode):
+    (fault,) = faults(source_mask=mask(50, 40, mode))
+    assert fault.startswith("the pairs, row 1: `source_mask` has to be 8-bit grey")
+    assert fault.endswith(f"has mode {mode}.")
+
+
+def test_a_mask_of_another_size_than_its_image_is_one_fault():
+    assert faults(target_mask=mask(50, 40)) == [
+        "the pairs, row 1: `target_mask` is 50 x 40, but `target_image` is 35 x 30."
+    ]
+
+
+@pytest.mark.parametrize("value", [0, 1, 127])
+def test_a_mask_that_marks_nothing_is_one_fault(value):
+    assert faults(source_mask=Image.new("L", (50, 40), value)) == [
+        "the pairs, row 1: `source_mask` is black (255 = edit): it marks nothing to edit."
+    ]
+
+
+@pytest.mark.parametrize("similarity", [float("nan"), float("inf"), 1.01, -1.01, 31.0, None])
+def test_a_similarity_that_is_no_cosine_is_one_fault(similarity):
+    (fault,) = faults(similarity=similarity)
+    assert fault.startswith("the pairs, row 1: `similarity` has to be a cosine in [-1, 1], but is ")
+
+
+@pytest.mark.parametrize("similarity", [-1.0, 0.0, 1.0, np.nextafter(np.float32(1), np.float32(2))])
+def test_a_cosine_may_be_rounded_beyond_one(similarity):
+    assert faults(similarity=similarity) == []
+
+
+def test_a_row_may_have_several_faults():
+    assert len(faults(source_mask=Image.new("RGB", (3, 3)), edit_prompt="", similarity=None)) == 4
+
+
+def test_a_set_without_rows_is_one_fault(tmp_path):
+    assert validate(dataset([])) == ["the pairs: there are no rows."]
+    with pytest.raises(ValueError, match="there are no rows"):
+        load_pairs(save(tmp_path, dataset([])), streaming=True)
+
+
+@pytest.mark.parametrize("function", [load_pairs, validate])
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "nowhere/at"])
+def test_a_folder_that_is_not_there_is_an_error_that_says_so(function, source):
+    with pytest.raises(ValueError, match=f"'{source}', which is no folder here, cannot be opened: Couldn't "):
+        function(source)
+
+
+@pytest.mark.parametrize("function", [load_pairs, validate])
+def test_a_split_that_is_not_there_is_an_error_that_says_so(tmp_path, function):
+    save(tmp_path, dataset([row()]))
+    with pytest.raises(ValueError, match=r"The split 'test' of .*train"):
+        function(tmp_path, split="test")
+
+
+@pytest.mark.parametrize("function", [load_pairs, validate])
+def test_a_folder_without_data_is_an_error_that_says_so(tmp_path, function):
+    with pytest.raises(ValueError, match=r"cannot be opened: .* doesn't contain any data files"):
+        function(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_damaged_parquet_file_is_an_error_that_says_so(tmp_path, streaming):
+    (tmp_path / "train-00000.parquet").write_bytes(b"garbage" * 100)
+    with pytest.raises(ValueError, match="cannot be opened"):
+        load_pairs(tmp_path, streaming=streaming)
