@@ -224,3 +224,16 @@ def test_a_damaged_parquet_file_is_an_error_that_says_so(tmp_path, streaming):
     (tmp_path / "train-00000.parquet").write_bytes(b"garbage" * 100)
     with pytest.raises(ValueError, match="cannot be opened"):
         load_pairs(tmp_path, streaming=streaming)
+
+
+def test_a_folder_is_not_taken_for_another_one_of_its_name(tmp_path):
+    for name, count in (("first", 1), ("second", 2)):
+        folder = tmp_path / name / "pairs"
+        folder.mkdir(parents=True)
+        save(folder, dataset([row(number) for number in range(count)]))
+    assert [len(load_pairs(tmp_path / name / "pairs")) for name in ("first", "second")] == [1, 2]
+
+
+def test_a_folder_that_was_written_anew_is_read_anew(tmp_path):
+    for count in (1, 2):
+        assert len(load_pairs(save(tmp_path, dataset([row(number) for number in range(count)])))) == count

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
-from .models import decode, load, place
+from .models import ModelStage, decode, load, place
 
 
 # BLIP-large writes words that are none ("arafed woman in a red dress", "araffe"), but Arafat is a name.
@@ -31,7 +31,7 @@ class CaptionOptions:
                 raise ValueError(f"`{name}` has to be at least 1, but is {getattr(self, name)}.")
 
 
-class CaptionImages:
+class CaptionImages(ModelStage):
     """Images in, captions out.
 
     Args:
@@ -60,9 +60,6 @@ class CaptionImages:
         )
         captions = self.processor.batch_decode(token_ids, skip_special_tokens=True)
         return {"caption": [clean_caption(caption) for caption in captions]}
-
-    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        return self.predict(self.prepare(batch))
 
 
 def clean_caption(caption: str) -> str:

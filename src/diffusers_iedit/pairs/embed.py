@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from .models import decode, load, place
+from .models import ModelStage, decode, load, place
 
 
 @dataclass
@@ -23,7 +23,7 @@ def _unit(embeds: torch.Tensor) -> np.ndarray:
     return F.normalize(embeds.float(), dim=-1).half().cpu().numpy()
 
 
-class EmbedImages:
+class EmbedImages(ModelStage):
     """Images in, embeddings out.
 
     Args:
@@ -45,11 +45,8 @@ class EmbedImages:
         pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
         return {"embeds": _unit(self.model.get_image_features(pixel_values=pixel_values).pooler_output)}
 
-    def __call__(self, batch: dict[str, list]) -> dict[str, np.ndarray]:
-        return self.predict(self.prepare(batch))
 
-
-class EmbedPrompts:
+class EmbedPrompts(ModelStage):
     """Edit prompts in, embeddings out; what CLIP cannot hold of a long prompt is cut off.
 
     Args:
@@ -70,6 +67,3 @@ class EmbedPrompts:
     def predict(self, inputs: dict) -> dict[str, np.ndarray]:
         """-> `embeds`, (B, D) float16, unit length."""
         return {"embeds": _unit(self.model.get_text_features(**inputs.to(self.model.device)).pooler_output)}
-
-    def __call__(self, batch: dict[str, list]) -> dict[str, np.ndarray]:
-        return self.predict(self.prepare(batch))

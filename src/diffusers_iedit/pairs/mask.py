@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
-from .models import decode, load, place
+from .models import ModelStage, decode, load, place
 
 
 GRID = 64
@@ -51,7 +51,7 @@ class MaskOptions:
             raise ValueError(f"`min_mask_iou` has to lie in [0, 1], but is {self.min_mask_iou}.")
 
 
-class SegmentTerms:
+class SegmentTerms(ModelStage):
     """Images and the term that each is searched for in, masks out.
 
     Args:
@@ -73,17 +73,20 @@ class SegmentTerms:
         return {"inputs": inputs, "sizes": [(image.height, image.width) for image in images]}
 
     @torch.inference_mode()
-    def predict(self, prepared: dict) -> dict[str, list]:
-        """-> `mask` (B PNG files, 255 = the term, as large as the image), `grid` (B arrays (GRID, GRID), bool)."""
+    def predict(self, prepared: dict) -> dict:
+        """-> logits on CLIPSeg's grid, and the images' sizes."""
         inputs = prepared["inputs"].to(self.model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         logits = self.model(**inputs).logits.float().cpu()
-        logits = logits.reshape(len(prepared["sizes"]), 1, *logits.shape[-2:])
+        return {"logits": logits.reshape(len(prepared["sizes"]), 1, *logits.shape[-2:]), "sizes": prepared["sizes"]}
 
+    @torch.inference_mode()
+    def finish(self, predicted: dict) -> dict[str, list]:
+        """-> `mask` (B PNG files, 255 = the term, as large as the image), `grid` (B arrays (GRID, GRID), bool)."""
         # A probability above the threshold is a logit above the threshold's.
         threshold = torch.logit(torch.tensor(self.threshold)).item()
         masks, grids = [], []
-        for logit, size in zip(logits, prepared["sizes"], strict=True):
+        for logit, size in zip(predicted["logits"], predicted["sizes"], strict=True):
             mask = (F.interpolate(logit[None], size=size, mode="bilinear") > threshold).to(torch.uint8) * 255
             file = io.BytesIO()
             Image.fromarray(mask[0, 0].numpy()).save(file, "PNG")
@@ -91,9 +94,6 @@ class SegmentTerms:
             # Pixels of the mask itself, so that a mask is not black if its grid is not.
             grids.append(F.interpolate(mask, size=(GRID, GRID), mode="nearest-exact")[0, 0].numpy() > 0)
         return {"mask": masks, "grid": grids}
-
-    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        return self.predict(self.prepare(batch))
 
 
 def mask_iou(mask: np.ndarray, other: np.ndarray) -> float:

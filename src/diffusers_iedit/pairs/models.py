@@ -1,4 +1,4 @@
-"""What the stages with a model share: loading it by Hub id, folder or `mini`, and decoding the images it looks at."""
+"""What the stages with a model share: their three steps, loading it by Hub id, folder or `mini`, decoding images."""
 
 from __future__ import annotations
 
@@ -22,6 +22,25 @@ _PARTS = {
     "clip": ("clip_model", mini.clip_path),
     "mask_model": ("mask_model", mini.mask_model_path),
 }
+
+
+class ModelStage:
+    """A stage with a model. `prepare` and `finish` are work for the CPU, which runs beside the model's."""
+
+    def prepare(self, batch: dict[str, list]) -> dict:
+        """Columns of a batch -> what `predict` takes."""
+        raise NotImplementedError
+
+    def predict(self, inputs: dict) -> dict:
+        """Runs the model."""
+        raise NotImplementedError
+
+    def finish(self, outputs: dict) -> dict[str, list]:
+        """What `predict` gave -> new columns."""
+        return outputs
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        return self.finish(self.predict(self.prepare(batch)))
 
 
 def resolve(model: str, part: str) -> str:
@@ -58,7 +77,8 @@ def load(cls, model: str, part: str):
 
 
 def _unusable(model: str, part: str, kind: str, error: Exception) -> ValueError:
-    return ValueError(f"`{_PARTS[part][0]}` {model!r}: no folder and no Hub id gives a usable {kind}: {error}")
+    reason = " ".join(str(error).split())
+    return ValueError(f"`{_PARTS[part][0]}` {model!r}: no folder and no Hub id gives a usable {kind}: {reason}")
 
 
 def place(model: torch.nn.Module) -> torch.nn.Module:

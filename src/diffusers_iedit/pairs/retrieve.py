@@ -71,6 +71,16 @@ class RetrieveOptions:
         default=None, metadata={"help": "how many edits may have the same target; any number by default"}
     )
 
+    def __post_init__(self):
+        if not 0 <= self.text_weight <= 1:
+            raise ValueError(f"`text_weight` must lie in [0, 1], got {self.text_weight}.")
+        for name in ("num_candidates", "max_target_uses"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("min_similarity", "max_source_similarity"):
+            if getattr(self, name) is not None and not -1 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie in [-1, 1], got {getattr(self, name)}.")
+
 
 class Embeddings:
     """The image embeddings of a pool, (N, D), that lie in several .npy files, without loading them.
@@ -273,14 +283,9 @@ class Retrieve:
         max_source_similarity: float | None = 0.97,
         num_probes: int = 64,
     ):
-        if not 0 <= text_weight <= 1:
-            raise ValueError(f"`text_weight` must lie in [0, 1], got {text_weight}.")
-        for name, count in (("num_candidates", num_candidates), ("num_probes", num_probes)):
-            if count < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {count}.")
-        for name, limit in (("min_similarity", min_similarity), ("max_source_similarity", max_source_similarity)):
-            if limit is not None and not -1 <= limit <= 1:
-                raise ValueError(f"`{name}` must lie in [-1, 1], got {limit}.")
+        RetrieveOptions(text_weight, num_candidates, min_similarity, max_source_similarity)  # checks them
+        if num_probes < 1:
+            raise ValueError(f"`num_probes` must be at least 1, got {num_probes}.")
         self.text_weight = text_weight
         self.num_candidates = num_candidates
         self.min_similarity = -math.inf if min_similarity is None else min_similarity

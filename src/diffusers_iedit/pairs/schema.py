@@ -105,8 +105,13 @@ def _faults(pairs: Dataset | IterableDataset, where: str, rows: int | None) -> I
 
 
 def _open(source: str | os.PathLike, split: str, streaming: bool, revision: str | None) -> Dataset | IterableDataset:
+    path, files = os.fspath(source), None
     try:
-        return datasets.load_dataset(os.fspath(source), split=split, streaming=streaming, revision=revision)
+        if os.path.isdir(path):
+            # By itself, `datasets` takes a folder for any other of the same name that it has read before. Told of the
+            # files, it looks at these.
+            files = datasets.load_dataset_builder(path).config.data_files
+        return datasets.load_dataset(path, split=split, data_files=files, streaming=streaming, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         found = "" if os.path.exists(source) else ", which is no folder here,"
         raise ValueError(f"The split {split!r} of {os.fspath(source)!r}{found} cannot be opened: {error}") from error
