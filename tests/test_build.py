@@ -1,7 +1,9 @@
 """The builder of pairs: what a build leaves, its options, and going on with one under the same options only."""
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -11,13 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import TOKEN
 from PIL import Image
-from small_build import ANY_MASK, COUNT, arguments, build, command, options, processes, rows, write_pool
+from small_build import ANY_MASK, COUNT, arguments, build, build_dataset, command, options, processes, rows, write_pool
 
 from diffusers_iedit import mini
 from diffusers_iedit.pairs import FEATURES, load_pairs, validate
+from diffusers_iedit.pairs import build as builder
 from diffusers_iedit.pairs.build import STAGES
 from diffusers_iedit.pairs.mask import mask_iou
 from diffusers_iedit.pairs.shards import read_table
+from diffusers_iedit.pairs.write import SHEET_ROWS, TILE
 
 
 FIRST_SEED = 200_000
@@ -131,8 +135,14 @@ def test_what_is_published_names_no_folder_of_this_machine(undisturbed, pool):
 
 def test_the_picture_sheet_opens(undisturbed):
     with Image.open(undisturbed / "sheet.jpg") as sheet:
-        sheet.load()
-        assert sheet.width > 0
+        pairs = rows(undisturbed).to_pylist()
+        assert sheet.width == 4 * TILE
+        assert sheet.height == min(len(pairs), SHEET_ROWS) * (TILE + 60)
+        first = Image.open(io.BytesIO(pairs[0]["target_image"]["bytes"])).resize(
+            (TILE, TILE), Image.Resampling.NEAREST
+        )
+        shown = np.asarray(sheet.crop((2 * TILE, 0, 3 * TILE, TILE)), dtype=int)
+        assert np.abs(shown - np.asarray(first)).mean() < 4
 
 
 # Options
@@ -174,6 +184,40 @@ def test_targets_come_from_the_pool_and_sources_from_the_source(tmp_path, pool):
     assert len(image_rows(tmp_path / "out", "target_image", pool)) == numbers["rows_out"]
     assert numbers["stages"]["embed pool"]["rows_in"] == COUNT
     assert numbers["rows_in"] == 10
+
+
+def test_a_source_that_is_in_the_pool_too_is_never_its_own_target(tmp_path, pool):
+    chosen = options(pool, pool=str(pool), max_source_similarity=1.0, text_weight=0.0, **ANY_MASK)
+    build(tmp_path / "pairs", chosen)
+    sources, targets = (image_rows(tmp_path / "pairs", f"{name}_image", pool) for name in ("source", "target"))
+    assert len(sources) > COUNT // 2
+    assert all(source != target for source, target in zip(sources, targets, strict=True))
+
+
+@pytest.mark.slow
+def test_a_large_pool_is_searched_with_an_index_which_redo_keeps(tmp_path, pool, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (10_000, 8, 8, 3), dtype=np.uint8)
+    images = pq.read_table(pool / "train.parquet")["image"].to_pylist()
+    for pixels in noise:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        images.append({"bytes": file.getvalue(), "path": None})
+    (tmp_path / "large").mkdir()
+    pq.write_table(pa.table({"image": images}), tmp_path / "large/train.parquet")
+    chosen = options(pool, pool=str(tmp_path / "large"), min_size=8, shard_size=4000, **ANY_MASK)
+    build(tmp_path / "pairs", chosen)
+    exact = rows(tmp_path / "pairs").select(["source_image", "target_image"]).to_pylist()
+
+    monkeypatch.setattr(builder, "EXACT_LIMIT", 1000)
+    index = tmp_path / "pairs/work/embed/pool.index"
+    assert not index.exists()
+    build(tmp_path / "pairs", chosen, redo="retrieve")
+    found = rows(tmp_path / "pairs").select(["source_image", "target_image"]).to_pylist()
+    assert len(found) == len(exact)
+    assert sum(pair in exact for pair in found) >= 0.9 * len(exact)
+    built = index.stat().st_mtime_ns
+    build(tmp_path / "pairs", chosen, redo="retrieve")
+    assert index.stat().st_mtime_ns == built
 
 
 def test_a_pool_may_be_smaller_than_the_number_of_candidates(tmp_path):
@@ -507,3 +551,42 @@ def test_a_folder_without_a_finished_set_is_not_pushed(hub, tmp_path):
     result = hub.run(PUSH.replace("sys.argv[1]", repr(str(tmp_path))))
     assert result.returncode != 0
     assert not hub.repos["datasets"]
+
+
+def test_new_edits_leave_the_pool_embedded_as_it_was(finished, pool, undisturbed):
+    embeddings = times(finished / "work" / "embed" / "source")
+    assert embeddings
+    chosen = options(pool)
+    chosen.edit_seed = 1
+    build(finished, chosen, redo="edit")
+    assert times(finished / "work" / "embed" / "source") == embeddings
+    assert rows(finished)["edit_prompt"] != rows(undisturbed)["edit_prompt"]
+
+
+def test_another_clip_model_embeds_the_pool_anew(finished, pool, tmp_path):
+    embeddings = times(finished / "work" / "embed" / "source")
+    chosen = options(pool, clip_model=str(shutil.copytree(mini.clip_path(), tmp_path / "clip")))
+    build(finished, chosen, redo="edit")
+    assert times(finished / "work" / "embed" / "source").keys() == embeddings.keys()
+    assert times(finished / "work" / "embed" / "source") != embeddings
+
+
+def test_a_build_from_the_hub_stays_with_the_commit_it_was_begun_with(hub, pool, tmp_path):
+    begun = hub.add("datasets", "me/photos", {"train.parquet": (pool / "train.parquet").read_bytes()})
+    script = Path(build_dataset.__file__)
+    argv = [sys.executable, str(script), *arguments(Path("me/photos"), tmp_path / "out", "--caption_column", "text")]
+    result = hub.run(argv, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    first = rows(tmp_path / "out")
+
+    other = write_pool(tmp_path / "other", range(FIRST_SEED + COUNT, FIRST_SEED + COUNT + 5))
+    hub.repos["datasets"]["me/photos"].commit("others", {"train.parquet": (other / "train.parquet").read_bytes()})
+    (tmp_path / "out" / "report.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "work")
+    result = hub.run(argv, OMP_NUM_THREADS="1")
+    assert result.returncode == 1
+    assert "`source_fingerprint`" in result.stderr
+    assert begun in result.stderr
+    result = hub.run([*argv, "--source_revision", begun], OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert rows(tmp_path / "out").equals(first)

@@ -1,5 +1,7 @@
 """The columns of a set of pairs: what `load_pairs` opens, and what `validate` finds."""
 
+import importlib
+import sys
 import zlib
 
 import datasets
@@ -158,6 +160,12 @@ def test_an_image_that_cannot_be_decoded_is_one_fault_and_the_rows_after_it_are_
     assert second == "the pairs, row 2: `edit_prompt` is empty."
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK"])
+def test_an_image_of_another_mode_is_one_fault(mode):
+    found = faults(source_image=row(1)["source_image"].convert(mode))
+    assert found == [f"the pairs, row 1: `source_image` has to be RGB, but has the PIL mode {mode}."]
+
+
 @pytest.mark.parametrize("mode", ["1", "RGB", "LA"])
 def test_a_mask_of_another_mode_is_one_fault(mode):
     (fault,) = faults(source_mask=mask(50, 40, mode))
@@ -237,3 +245,10 @@ def test_a_folder_is_not_taken_for_another_one_of_its_name(tmp_path):
 def test_a_folder_that_was_written_anew_is_read_anew(tmp_path):
     for count in (1, 2):
         assert len(load_pairs(save(tmp_path, dataset([row(number) for number in range(count)])))) == count
+
+
+def test_without_its_libraries_the_package_names_the_extra_that_brings_them(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nltk", None)
+    monkeypatch.delitem(sys.modules, "diffusers_iedit.pairs")
+    with pytest.raises(ImportError, match=r'needs nltk: pip install "diffusers-iedit\[data\]"'):
+        importlib.import_module("diffusers_iedit.pairs")

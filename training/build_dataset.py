@@ -29,7 +29,7 @@ from diffusers_iedit.pairs.write import push
 
 @dataclass
 class RunOptions:
-    """How the build runs: nothing of this changes a row."""
+    """How the build runs: nothing of this changes a row, but for rounding."""
 
     output_dir: Path = field(metadata={"help": "folder of the data set; large, as it holds the images"})
     engine: str = field(
@@ -137,7 +137,7 @@ def main() -> None:
         sys.exit(f"build_dataset.py: error: {error}")
     except OSError as error:
         # A full disk above all: what is finished stays, and nothing is half-written.
-        sys.exit(f"build_dataset.py: error: {error}. {again} to go on.")
+        sys.exit(f"build_dataset.py: error: {str(error).rstrip('.')}. {again} to go on.")
     except KeyboardInterrupt:
         sys.exit(f"build_dataset.py: stopped. {again} to go on." if is_first else 1)
     PartialState().destroy_process_group()

@@ -1,12 +1,16 @@
 """From captioned images to iEdit's weakly supervised training set (Sec. 3.1): `build.py` has the stages in order."""
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
     from .edit_prompts import Edit, EditOptions, make_edit
     from .schema import FEATURES, load_pairs, validate
+
+if missing := [name for name in ("datasets", "faiss", "filelock", "nltk") if find_spec(name) is None]:
+    raise ImportError(f'diffusers_iedit.pairs needs {", ".join(missing)}: pip install "diffusers-iedit[data]"')
 
 _MODULES = {
     "Edit": "edit_prompts",

@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +85,7 @@ def build(
             _begin(output_dir, manifest, redo)
         engine.wait()
         if not is_finished(output_dir):
+            options = _at_pinned_commits(options, json.loads((output_dir / "manifest.json").read_text()))
             files = _Builder(output_dir / "work", options, engine, batch_size).run()
             if engine.is_main:
                 _publish(output_dir, files, manifest, license_note, options)
@@ -107,6 +108,8 @@ def describe(options: Options) -> dict:
     """The manifest: the options of every stage, and which versions of inputs, models and word lists they mean."""
     manifest = {stage: asdict(getattr(options, stage)) for stage in STAGES[:-1]}
     for name, collection in options.read.collections().items():
+        # It says more than the name of a branch, which may move.
+        del manifest["read"][f"{name}_revision"]
         manifest["read"][f"{name}_fingerprint"] = _input_fingerprint(collection)
     if options.read.caption_column is None:
         fingerprint = models.fingerprint(options.caption.caption_model, "captioner")
@@ -116,6 +119,17 @@ def describe(options: Options) -> dict:
     manifest["mask"]["mask_model_fingerprint"] = models.fingerprint(options.mask.mask_model, "mask_model")
     # As it is read again: lists for sets.
     return json.loads(json.dumps(manifest, default=sorted))
+
+
+def _at_pinned_commits(options: Options, manifest: dict) -> Options:
+    """The options with the commits of Hub data sets that the build was begun with: a branch may move meanwhile."""
+    fingerprints = {name: manifest["read"][f"{name}_fingerprint"] for name in options.read.collections()}
+    revisions = {
+        f"{name}_revision": fingerprint.removeprefix("commit ")
+        for name, fingerprint in fingerprints.items()
+        if fingerprint.startswith("commit ")
+    }
+    return replace(options, read=replace(options.read, **revisions))
 
 
 def _input_fingerprint(collection: CollectionOptions) -> str:
@@ -191,10 +205,16 @@ def _begin(output_dir: Path, manifest: dict, redo: str | None) -> None:
     if redo is not None:
         # The set that was built before stays until the new one takes its place.
         (output_dir / "report.json").unlink(missing_ok=True)
-        for stage in STAGES[STAGES.index(redo) :]:
+        folders = [output_dir / "work" / stage for stage in STAGES[STAGES.index(redo) :]]
+        if redo in ("caption", "edit") and begun is not None and begun["embed"] == manifest["embed"]:
+            # The pool's embeddings take longest and depend on neither: only those of edits go.
+            embed = output_dir / "work" / "embed"
+            folders.remove(embed)
+            folders += [embed / "prompt"] + ([embed / "source"] if manifest["read"]["pool"] is not None else [])
+        for folder in folders:
             # What cannot be deleted must not be taken for a part of the new build.
-            if (output_dir / "work" / stage).exists():
-                shutil.rmtree(output_dir / "work" / stage)
+            if folder.exists():
+                shutil.rmtree(folder)
     if begun is None or redo is not None:
         with replacing(file) as partial:
             partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
@@ -289,7 +309,8 @@ class _Builder:
         """The index of a pool that is too large for exact search."""
         if len(pool) <= EXACT_LIMIT:
             return None
-        file = self.work / "retrieve" / "pool.index"
+        # It depends on none of the options of stage retrieve, and takes long to build.
+        file = self.work / "embed" / "pool.index"
         if self.engine.is_main and read_marker(file) is None:
             files = [self.work / "embed" / self.options.pool / f"{shard}.npy" for shard in pool.shards]
             build_index(Embeddings(files), file)
@@ -346,8 +367,8 @@ def _summed(files: list[Path]) -> dict:
         "rows_in": sum(marker.rows_in for marker in markers),
         "rows_out": sum(marker.rows_out for marker in markers),
         "dropped": dict(dropped.most_common()),
-        "seconds": round(sum(marker.seconds for marker in markers), 2),
-        "model_seconds": round(sum(marker.model_seconds for marker in markers), 2),
+        "seconds": round(sum(marker.seconds for marker in markers), 4),
+        "model_seconds": round(sum(marker.model_seconds for marker in markers), 4),
     }
 
 

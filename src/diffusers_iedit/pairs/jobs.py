@@ -81,6 +81,19 @@ class Collection:
         """A column of a shard's kept rows."""
         return self.table(shard)[name].take(self.kept[shard]).to_pylist()
 
+    @cached_property
+    def _by_hash(self) -> tuple[np.ndarray, np.ndarray]:
+        """The hashes of all kept images, ascending, and the rows that have them."""
+        hashes = np.concatenate([self.table(shard)["hash"].to_numpy()[rows] for shard, rows in self.kept.items()])
+        order = np.argsort(hashes)
+        return hashes[order], order
+
+    def find(self, hashes: np.ndarray) -> np.ndarray:
+        """The rows in the whole collection of the images with these hashes, -1 for those that are not in it."""
+        known, rows = self._by_hash
+        places = np.searchsorted(known, hashes).clip(max=len(known) - 1)
+        return np.where(known[places] == hashes, rows[places], -1)
+
     def image(self, row: int) -> bytes:
         """The encoded image at a row of the whole collection."""
         position = int(np.searchsorted(self.ends, row, side="right"))
@@ -359,10 +372,13 @@ class RetrieveJob(Job):
         """What the shard's edits are searched with."""
         rows = self.table("edit", shard)["row"].to_numpy()
         image_embeds = np.load(self.work / "embed" / "source" / f"{shard}.npy")
-        pool_rows = np.full(len(rows), -1)
         if self.options.pool == "source":
             image_embeds = image_embeds[rows]
             pool_rows = rows + self.source.first_row(shard)
+        else:
+            # A part of the pool may serve as source: the same images are then in both.
+            hashes = self.source.table(shard)["hash"].to_numpy()
+            pool_rows = self.pool.find(hashes[self.source.kept[shard]][rows])
         prompt_embeds = np.load(self.work / "embed" / "prompt" / f"{shard}.npy")
         return {"image_embeds": image_embeds, "prompt_embeds": prompt_embeds, "pool_row": pool_rows}
 

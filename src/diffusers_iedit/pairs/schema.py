@@ -72,6 +72,8 @@ def _row_faults(row: dict, where: str) -> Iterator[str]:
             # Damaged files make PIL's decoders raise nearly anything.
             yield f"{where}: `{name}` cannot be decoded: {error}"
     for image_name, mask_name in _IMAGES_AND_MASKS:
+        if image_name in images and images[image_name].mode != "RGB":
+            yield f"{where}: `{image_name}` has to be RGB, but has the PIL mode {images[image_name].mode}."
         if image_name not in images or mask_name not in images:
             continue
         image, mask = images[image_name], images[mask_name]

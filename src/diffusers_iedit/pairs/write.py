@@ -52,8 +52,7 @@ def picture_sheet(files: list[Path], rows: int = SHEET_ROWS) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     for place, number in enumerate(chosen):
         file = int(np.searchsorted(ends, number, side="right"))
-        row = number - (ends[file] - counts[file])
-        pair = pq.read_table(files[file]).slice(row, 1).to_pylist()[0]
+        pair = _row(pq.ParquetFile(files[file]), number - (ends[file] - counts[file]))
         for column, name in enumerate(("source_image", "source_mask", "target_image", "target_mask")):
             image = Image.open(io.BytesIO(pair[name]["bytes"])).convert("RGB")
             # Small pictures are enlarged as they are, pixel by pixel.
@@ -63,6 +62,15 @@ def picture_sheet(files: list[Path], rows: int = SHEET_ROWS) -> Image.Image:
         for below, text in enumerate((pair["source_caption"], pair["edit_prompt"], terms)):
             draw.text((4, place * height + TILE + below * line), text, ("black", "black", "grey")[below], font)
     return sheet
+
+
+def _row(file: pq.ParquetFile, row: int) -> dict:
+    """A row of a Parquet file; only its row group is read."""
+    group = 0
+    while row >= file.metadata.row_group(group).num_rows:
+        row -= file.metadata.row_group(group).num_rows
+        group += 1
+    return file.read_row_group(group).slice(row, 1).to_pylist()[0]
 
 
 def dataset_card(report: dict, manifest: dict, license_note: str) -> DatasetCard:
