@@ -8,7 +8,6 @@ embed, retrieve and mask do with them what they do with photos and the real mode
 
 import argparse
 import json
-import logging
 import subprocess
 import sys
 import tempfile
@@ -41,8 +40,6 @@ def parse_args() -> argparse.Namespace:
 
 def main():
     args = parse_args()
-    # The notice about the small WordNet, which is all that the mini world needs.
-    logging.getLogger("diffusers_iedit").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         pool = Path(folder, "pool")
         command = [sys.executable, str(MAKE_POOL), "--count", str(args.count), "--output_dir", str(pool)]
