@@ -70,6 +70,16 @@ class HubError(Exception):
         self.code = code
 
 
+def output(process: subprocess.CompletedProcess) -> str:
+    """What a process printed, given that it ended well."""
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def is_lfs(content: bytes) -> bool:
     """Whether the Hub keeps a file outside git: as git tells binary from text, by a zero byte near the beginning."""
     return b"\0" in content[:512]
@@ -256,6 +266,11 @@ class HubServer:
         files = [describe(path, content) for path, content in repo.files(sha).items()]
         siblings = [entry | {"rfilename": entry["path"], "blobId": entry["oid"]} for entry in files]
         return {"id": repo_id, "sha": sha, "private": repo.private, "gated": False, "tags": [], "siblings": siblings}
+
+    @route("GET", "/api/{repo}/auth-check/write", writes=True)
+    def auth_check(self, request, kind, repo_id):
+        self.find(kind, repo_id)
+        return {}
 
     # Pushing
 

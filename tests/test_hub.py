@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN, HubServer, files_in, output
 from PIL import Image
 
 from diffusers_iedit import mini
@@ -14,6 +14,7 @@ from diffusers_iedit import mini
 CODE_FILES = {"pipeline.py", "scheduling_iedit.py", "masking_iedit.py"}
 STOCK = {"vae", "text_encoder", "tokenizer", "unet", "scheduler"}
 UNET = "unet/diffusion_pytorch_model.safetensors"
+CARD = b"---\nlicense: mit\nlibrary_name: diffusers\n---\n\n# Written by hand\n"
 
 # How the code of the processes below begins. They read and write in the `scene` folder.
 SCENE = """
@@ -40,18 +41,8 @@ def change(pipe):
 """
 
 
-def output(result):
-    """What a process printed, given that it ended well."""
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def pixels(path):
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
-
-
-def files_in(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +112,8 @@ def test_a_wrong_token_cannot_write(hub):
     assert not hub.repos["models"]
 
 
-def test_pushing_again_makes_a_new_revision_and_keeps_the_old_one(hub, iedit_files, scene):
-    old = hub.add("models", "me/iedit", iedit_files)
+def test_pushing_again_makes_a_new_revision_and_keeps_the_old_one_and_the_card(hub, iedit_files, scene):
+    old = hub.add("models", "me/iedit", iedit_files | {"README.md": CARD})
     code = f"""
 from diffusers_iedit import IEditPipeline
 pipe = IEditPipeline.from_pretrained("me/iedit")
@@ -137,6 +128,7 @@ edit(IEditPipeline.from_pretrained("me/iedit", **old_one), "old.png", mask_image
     output(hub.run(SCENE + code, SCENE=str(scene)))
     repo = hub.repos["models"]["me/iedit"]
     assert repo.commits[repo.refs["main"]].message == "Better"
+    assert repo.files()["README.md"] == CARD
     weights = [repo.files(revision)[UNET] for revision in (old, "main", "refs/pr/1")]
     assert len(set(weights)) == len(repo.commits) == 3
     assert np.array_equal(pixels(scene / "old.png"), pixels(scene / "expected.png"))

@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from hub_server import files_in
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
@@ -126,6 +127,16 @@ def test_the_code_files_lie_beside_the_weights(folder):
         assert (folder / name).read_bytes() == (PACKAGE / name).read_bytes()
     assert {path.name for path in folder.iterdir() if path.is_file()} == CODE_FILES | {"model_index.json"}
     assert not list(folder.rglob("*.bin"))
+
+
+def test_a_saved_pipeline_does_not_tell_where_it_was_loaded_from(folder, tmp_path):
+    pipe = IEditPipeline.from_pretrained(folder)
+    assert pipe.unet.config._name_or_path == str(folder / "unet")
+    pipe.save_pretrained(tmp_path)
+    old, new = files_in(folder), files_in(tmp_path)
+    assert not [name for name, content in new.items() if str(folder).encode() in content]
+    assert new["model_index.json"] == old["model_index.json"]
+    assert new["unet/config.json"] == old["unet/config.json"]
 
 
 def test_a_wrapped_scheduler_is_saved_as_the_stock_one(tmp_path):

@@ -450,6 +450,22 @@ def test_vgg16_has_the_names_and_shapes_of_torchvision():
     assert weights["features.17.weight"].shape == (512, 256, 3, 3)
 
 
+def test_a_thinner_vgg16_loads_by_the_same_lines(tmp_path):
+    thin = VGG16Features(layers=("relu5_3",), width=4)
+    save_file(thin.state_dict(), tmp_path / "model.safetensors")
+    loaded = VGG16Features.from_pretrained(tmp_path, layers=("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_3"))
+    image = scenes(1)[0]
+    activations = loaded(image)
+    assert [tuple(a.shape[1:]) for a in activations] == [
+        (4, 64, 64),
+        (8, 32, 32),
+        (16, 16, 16),
+        (32, 8, 8),
+        (32, 4, 4),
+    ]
+    torch.testing.assert_close(activations[-1:], thin(image))
+
+
 def test_vgg16_runs_no_layer_after_the_last_one_asked_for(vgg):
     assert len(vgg.features) == 9
 
@@ -467,9 +483,11 @@ def test_vgg16_comes_from_the_hub(hub, vgg_folder):
 
 
 @pytest.mark.parametrize("layers", [(), ("relu1_2", "relu6_1"), "relu1_2"])
-def test_unknown_layers_are_refused(layers):
-    with pytest.raises(ValueError, match=r"`layers`.*relu1_1"):
+def test_unknown_layers_are_refused(vgg_folder, layers):
+    with pytest.raises(ValueError, match=r"^`layers`.*relu1_1"):
         VGG16Features(layers=layers)
+    with pytest.raises(ValueError, match=r"^`layers`.*relu1_1"):
+        VGG16Features.from_pretrained(vgg_folder, layers=layers)
 
 
 def test_a_folder_without_the_weights_is_refused(tmp_path, vgg_folder):
@@ -477,7 +495,7 @@ def test_a_folder_without_the_weights_is_refused(tmp_path, vgg_folder):
         VGG16Features.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"features\.10"):
         VGG16Features.from_pretrained(vgg_folder, layers=["relu3_1"])
-    save_file({"features.0.weight": torch.zeros(8, 3, 3, 3), "features.0.bias": torch.zeros(8)}, tmp_path / "m")
+    save_file({"features.0.weight": torch.zeros(64, 1, 3, 3), "features.0.bias": torch.zeros(64)}, tmp_path / "m")
     (tmp_path / "m").rename(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="size mismatch"):
         VGG16Features.from_pretrained(tmp_path, layers=["relu1_1"])

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
+from diffusers import AutoencoderTiny
 from PIL import Image
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BlipForConditionalGeneration,
     BlipProcessor,
@@ -22,6 +25,7 @@ from transformers import (
 )
 
 from diffusers_iedit import IEditPipeline, mini
+from diffusers_iedit.losses import LatentDecoder, VGG16Features, perceptual_loss
 from diffusers_iedit.mini.judging import Judge
 
 
@@ -151,8 +155,8 @@ def pipe():
 
 
 def test_the_weights_stay_small():
-    files = [path for name in ("model", "clip", "judge") for path in (mini.model_path().parent / name).rglob("*.*")]
-    sizes = [path.stat().st_size for path in files]
+    folders = [mini.model_path(), mini.clip_path(), mini.judge_path(), mini.vgg_path(), mini.tiny_vae_path()]
+    sizes = [path.stat().st_size for folder in folders for path in folder.rglob("*.*")]
     assert max(sizes) <= 16e6
     assert sum(sizes) <= 40e6
 
@@ -308,6 +312,65 @@ def test_the_judge_tells_things_colours_and_scenes_apart():
     assert np.mean([one == other for one, other in zip(seen, truth, strict=True)]) > 0.95
 
 
+def test_the_vgg_is_a_quarter_of_a_vgg16():
+    weights = load_file(mini.vgg_path() / "model.safetensors")
+    whole = VGG16Features(layers=("relu5_3",)).state_dict()
+    assert weights.keys() == whole.keys()
+    for name, weight in weights.items():
+        assert weight.dtype == torch.float16
+        assert len(weight) * 4 == len(whole[name])
+
+
+@pytest.mark.parametrize("layers", [("relu1_2", "relu2_2", "relu3_3", "relu4_3"), ("relu5_3",)])
+def test_the_vgg_finds_the_same_thing_nearer_than_another_thing_or_colour(layers):
+    vgg = VGG16Features.from_pretrained(mini.vgg_path(), layers=layers)
+
+    def picture(scene):
+        tensors = (torch.from_numpy(np.array(image)) / 255 for image in (scene.image, scene.mask))
+        return [tensor.view(1, 64, 64, -1).permute(0, 3, 1, 2) for tensor in tensors]
+
+    def distance(scene, other):
+        (image, mask), (target_image, target_mask) = picture(scene), picture(other)
+        return perceptual_loss(vgg, image, target_image, mask, target_mask)
+
+    for seed in range(8):
+        scene, other = mini.render(seed, things=1), mini.render(seed + 100, things=1)
+        noun, colour = scene.thing.noun, scene.thing.colour
+        same = distance(scene, other.swap(noun, colour))
+        assert same < distance(scene, other.swap("cup" if noun != "cup" else "boat", colour))
+        assert same < distance(scene, other.swap(noun, "red" if colour != "red" else "blue"))
+
+
+@pytest.mark.parametrize("noise_level", [0, 0.3])
+def test_the_tiny_decoder_gives_the_pictures_of_the_vae(pipe, noise_level):
+    tiny = AutoencoderTiny.from_pretrained(mini.tiny_vae_path())
+    images = np.stack([pixels(mini.render(seed).image) for seed in range(8)])
+    with torch.no_grad():
+        posterior = pipe.vae.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
+        latents = posterior.mode() * pipe.vae.config.scaling_factor
+        latents += noise_level * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        error = LatentDecoder(tiny)(latents) - LatentDecoder(pipe.vae)(latents)
+    assert -10 * error.square().mean().log10() > 28
+
+
+def test_the_tiny_decoder_costs_less_than_half_of_the_vae(pipe):
+    costs = []
+    for vae in (AutoencoderTiny.from_pretrained(mini.tiny_vae_path()), pipe.vae):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            vae.decode(torch.zeros(1, 4, 16, 16))
+        costs.append(counter.get_total_flops())
+    assert 0 < costs[0] < costs[1] / 2
+
+
+def test_the_tiny_encoder_gives_the_latents_that_its_decoder_takes():
+    tiny = AutoencoderTiny.from_pretrained(mini.tiny_vae_path())
+    images = torch.from_numpy(np.stack([pixels(mini.render(seed).image) for seed in range(8)])).permute(0, 3, 1, 2)
+    images = images / 127.5 - 1
+    with torch.no_grad():
+        decoded = tiny.decode(tiny.encode(images).latents).sample
+    assert -10 * ((decoded - images) / 2).square().mean().log10() > 26
+
+
 def test_an_edit_shows_what_the_prompt_names_and_leaves_the_rest(pipe):
     judge = Judge.from_pretrained(mini.judge_path())
     scenes = [mini.render(seed) for seed in range(8)]
@@ -397,7 +460,8 @@ def test_every_bar_holds_on_scenes_that_no_training_saw(tmp_path):
         [sys.executable, str(TRAINING / "measure.py"), "--json", str(tmp_path / "measured.json")], check=True
     )
     measured = [each for each in json.loads((tmp_path / "measured.json").read_text()) if each["bar"] is not None]
-    assert {"vae", "clip", "clipseg", "captioner", "text_to_image", "edit"} <= {each["part"] for each in measured}
+    parts = {"vae", "clip", "clipseg", "captioner", "vgg", "tiny_vae", "text_to_image", "edit"}
+    assert parts <= {each["part"] for each in measured}
     for each in measured:
         reached, bar = (-each["value"], -each["bar"]) if each["at_most"] else (each["value"], each["bar"])
         assert reached >= bar, each

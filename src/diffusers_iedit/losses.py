@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from PIL.Image import Resampling
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -346,22 +347,28 @@ class VGG16Features(nn.Module):
         layers (`Sequence[str]`): Which activations, in VGG's names, "relu1_1" to "relu5_3". By default the four that
             Johnson et al. (the paper's reference for perceptual losses) use. No layer after the last one is run.
         normalize (`bool`): False gives the activations as they are: Eq. 10 to the letter.
+        width (`int`): Channels of the first block, 64 in VGG-16; the next have 2, 4, 8 and 8 times as many.
 
     Raises:
         ValueError: If there is no such layer, or none is given.
     """
 
-    # Convolutions and their channels in each of the blocks, which end in a max-pooling.
-    BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
+    # Convolutions in each of the blocks, which end in a max-pooling, and their channels in terms of the first block's.
+    BLOCKS = ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))
 
-    def __init__(self, layers: Sequence[str] = ("relu1_2", "relu2_2", "relu3_3", "relu4_3"), normalize: bool = True):
+    def __init__(
+        self,
+        layers: Sequence[str] = ("relu1_2", "relu2_2", "relu3_3", "relu4_3"),
+        normalize: bool = True,
+        width: int = 64,
+    ):
         super().__init__()
         modules, positions, channels = [], {}, 3
-        for block, (convolutions, width) in enumerate(self.BLOCKS, start=1):
+        for block, (convolutions, times) in enumerate(self.BLOCKS, start=1):
             for number in range(1, convolutions + 1):
-                modules += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+                modules += [nn.Conv2d(channels, times * width, 3, padding=1), nn.ReLU(inplace=True)]
                 positions[f"relu{block}_{number}"] = len(modules) - 1
-                channels = width
+                channels = times * width
             modules.append(nn.MaxPool2d(2))
         if not layers or not set(layers) <= set(positions):
             raise ValueError(f"`layers` has to name some of {', '.join(positions)}, got {layers!r}.")
@@ -374,24 +381,25 @@ class VGG16Features(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model: str | Path = "timm/vgg16.tv_in1k", **options) -> "VGG16Features":
-        """Loads ImageNet weights.
+        """Loads trained weights, by default ImageNet's.
 
         Args:
             model (`str` or `Path`): A Hub id or a folder with `model.safetensors`, in which the convolutions have the
-                names they have in torchvision and timm, `features.<n>.weight` and `features.<n>.bias`.
-            **options: As for the class.
+                names they have in torchvision and timm, `features.<n>.weight` and `features.<n>.bias`. The file also
+                tells the width: `mini.vgg_path()` has a thinner VGG-16.
+            **options: `layers` and `normalize`, as for the class.
 
         Raises:
             ValueError: If there is no such model, or a layer's weights are missing or of another shape.
         """
-        network = cls(**options)
         try:
             file = Path(model) / "model.safetensors"
             if not Path(model).is_dir():
                 file = hf_hub_download(str(model), "model.safetensors")
             with safe_open(file, framework="pt") as weights:
+                network = cls(width=weights.get_slice("features.0.weight").get_shape()[0], **options)
                 network.load_state_dict({name: weights.get_tensor(name) for name in network.state_dict()})
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, HFValidationError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"`model` {str(model)!r}: no folder and no Hub id gives a usable VGG-16: {reason}"
@@ -495,6 +503,7 @@ class IEditLoss:
         target_image: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         term_embeds: torch.Tensor | None = None,
+        noise_weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Computes the loss of each sample.
 
@@ -509,6 +518,7 @@ class IEditLoss:
                 edit; as large as the images: for "mask" they are averaged to the size of the latents.
             target_image (`torch.Tensor`, *optional*): x_2, shape (B, 3, H, W), in [0, 1].
             prompt_embeds, term_embeds (`torch.Tensor`, *optional*): CLIP embeddings of y_2 and y_2^diff, shape (B, D).
+            noise_weight (`torch.Tensor`, *optional*): A further weight of "mask", "paired" and "ldm", shape (B,).
 
         Returns:
             `tuple[torch.Tensor, dict[str, torch.Tensor]]`: The weighted sum, shape (B,), and each term without its
@@ -549,5 +559,7 @@ class IEditLoss:
             losses["perc"] = perceptual_loss(features, image, target_image, source_mask, target_mask)
 
         t = timesteps / self.num_train_timesteps
-        weights = {"loc": 1 - t, "global": 1 - t, "mask": t, "paired": t, "ldm": t, "perc": self.lambda_perc}
+        of_noise = t if noise_weight is None else t * noise_weight
+        weights = {"loc": 1 - t, "global": 1 - t, "perc": self.lambda_perc}
+        weights |= dict.fromkeys(("mask", "paired", "ldm"), of_noise)
         return sum(weights[term] * loss for term, loss in losses.items()), losses

@@ -271,10 +271,12 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
 
         A class that diffusers knows opens the folder everywhere: in plain diffusers without this package, in
         `IEditPipeline.from_pretrained`, and with `custom_pipeline=`. Our own name would fail in the first, and a
-        `[module, class]` pair would ask for `trust_remote_code` in the second.
+        `[module, class]` pair would ask for `trust_remote_code` in the second. Where this pipeline was loaded from is
+        left out.
         """
         config = json.loads(super().to_json_string())
         config["_class_name"] = StableDiffusionImg2ImgPipeline.__name__
+        config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(
@@ -288,10 +290,14 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
     ):
         """Save the components and, beside them, the code files that `custom_pipeline=` needs.
 
+        Nothing that is saved names the folder that this pipeline was loaded from.
+
         Args:
             save_directory (`str` or `os.PathLike`): The folder; it is made if need be.
             safe_serialization, variant, max_shard_size: As in [`DiffusionPipeline.save_pretrained`].
-            push_to_hub (`bool`): Also upload the folder, code files included.
+            push_to_hub (`bool`):
+                Also upload the pipeline, code files included. A card that is on the Hub stays; without one, an empty
+                one is made.
             kwargs: `repo_id` (by default the folder's name), `commit_message`, `private`, `token` and `create_pr` go
                 to [`DiffusionPipeline.push_to_hub`], the rest to [`DiffusionPipeline.save_pretrained`].
         """
@@ -304,6 +310,13 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             part = Path(save_directory, f".{name}.part")
             shutil.copyfile(Path(__file__).with_name(name), part)
             part.replace(Path(save_directory, name))
+        for name in self.components:
+            file = Path(save_directory, name, "config.json")
+            config = json.loads(file.read_text()) if file.is_file() else {}
+            if config.pop("_name_or_path", None):
+                part = file.with_name(".config.json.part")
+                part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+                part.replace(file)
         if push_to_hub:
             # Uploads a fresh save of this pipeline, so that the code files are part of the one commit.
             self.push_to_hub(repo_id, **save_kwargs, **hub_kwargs)

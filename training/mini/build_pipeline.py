@@ -1,4 +1,4 @@
-"""Puts the trained parts together: the pipeline folder, the whole CLIP and the judge, all with fp16 weights."""
+"""Puts the trained parts together: the pipeline's folder and, beside it, the parts that are none of its components."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ from transformers import (
 from diffusers_iedit import IEditPipeline, mini
 
 
-MAX_FILE, MAX_TOTAL = 16 * 10**6, 40 * 10**6
+MAX_FILE, MAX_TOTAL = 16 * 10**6, 64 * 10**6
 
 PARTS = {
     "vae": "model/vae",
@@ -29,7 +29,10 @@ PARTS = {
     "clip": "clip",
     "clipseg": "model/mask_model",
     "captioner": "model/captioner",
-    "unet": "model/unet",
+    "unet": "base_unet",
+    "finetuned": "model/unet",
+    "vgg": "vgg",
+    "tiny_vae": "tiny_vae",
 }
 """Part -> where it lies, or most of it, among the finished models."""
 
@@ -42,20 +45,24 @@ def main() -> None:
         "--only",
         nargs="+",
         choices=PARTS,
-        default=list(PARTS),
-        help="take just these parts from the work folder; the others stay as they are in the output folder",
+        default=[part for part in PARTS if part != "finetuned"],
+        help="take just these parts from the work folder; the others stay as they are in the output folder. By default"
+        " all that train_all.py trains; the pipeline then has the base UNet until finetune.py has fine-tuned it",
     )
     args = parser.parse_args()
 
     work = {part: args.work_dir / part / part for part in args.only}
     source = {part: work.get(part, args.output_dir / folder) for part, folder in PARTS.items()}
+    scheduler = work["unet"].parent / "scheduler" if "unet" in work else args.output_dir / "model" / "scheduler"
+    # A new base has no fine-tuned form yet.
+    unet = "unet" if "unet" in work and "finetuned" not in work else "finetuned"
     half, diffusers_half = {"dtype": torch.float16}, {"torch_dtype": torch.float16}
     pipe = IEditPipeline(
         vae=AutoencoderKL.from_pretrained(source["vae"], **diffusers_half),
         text_encoder=CLIPTextModel.from_pretrained(source["clip"], **half),
         tokenizer=CLIPTokenizer.from_pretrained(source["clip"]),
-        unet=UNet2DConditionModel.from_pretrained(source["unet"], **diffusers_half),
-        scheduler=DDIMScheduler.from_pretrained(source["unet"].parent / "scheduler"),
+        unet=UNet2DConditionModel.from_pretrained(source[unet], **diffusers_half),
+        scheduler=DDIMScheduler.from_pretrained(scheduler),
         mask_model=CLIPSegForImageSegmentation.from_pretrained(source["clipseg"], **half),
         mask_processor=CLIPSegProcessor.from_pretrained(source["clipseg"]),
         captioner=BlipForConditionalGeneration.from_pretrained(source["captioner"], **half),
@@ -74,8 +81,9 @@ def main() -> None:
         # With their processors, these two folders load alone, as repositories of the Hub do.
         pipe.mask_processor.save_pretrained(new / "model" / "mask_model")
         pipe.caption_processor.save_pretrained(new / "model" / "captioner")
-        shutil.copytree(source["clip"], new / "clip")
-        shutil.copytree(source["judge"], new / "judge")
+        for name, folder in PARTS.items():
+            if not folder.startswith("model/"):
+                shutil.copytree(source[name], new / folder)
 
         # Paths of the machine that trained are nobody's business.
         for file in new.rglob("*.json"):

@@ -18,6 +18,8 @@ PARTS = {
     "clipseg": "clipseg/clipseg",
     "captioner": "captioner/captioner",
     "unet": "unet/unet",
+    "vgg": "vgg/vgg",
+    "tiny_vae": "tiny_vae/tiny_vae",
 }
 """Script -> the folder, in the work folder, that it leaves behind when it is done."""
 
@@ -52,7 +54,8 @@ def main() -> None:
         run("build_pipeline.py", "--work_dir", args.work_dir, *output)
         models = []
         if args.output_dir:
-            models = [word for name in ("model", "clip", "judge") for word in (f"--{name}", args.output_dir / name)]
+            names = ("model", "clip", "judge", "vgg", "tiny_vae")
+            models = [word for name in names for word in (f"--{name}", args.output_dir / name)]
         run("measure.py", *models, "--json", args.work_dir / "measured.json", "--threads", args.threads)
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "SIZE",
     "Scene",
     "Thing",
+    "base_unet_path",
     "caption",
     "captioner_path",
     "captions",
@@ -34,12 +35,19 @@ __all__ = [
     "mask_model_path",
     "model_path",
     "render",
+    "tiny_vae_path",
+    "vgg_path",
 ]
 
 
 def model_path() -> Path:
     """The folder of the mini pipeline, for `IEditPipeline.from_pretrained`."""
     return Path(__file__).parent / "model"
+
+
+def base_unet_path() -> Path:
+    """The folder of the UNet before it was fine-tuned as iEdit: with it, the mini pipeline is plain SDEdit."""
+    return Path(__file__).parent / "base_unet"
 
 
 def mask_model_path() -> Path:
@@ -60,3 +68,13 @@ def clip_path() -> Path:
 def judge_path() -> Path:
     """The folder of the judge, the classifier that decides whether an edit shows what was asked for."""
     return Path(__file__).parent / "judge"
+
+
+def vgg_path() -> Path:
+    """The folder of the mini VGG-16, a quarter as wide as the original, for `losses.VGG16Features.from_pretrained`."""
+    return Path(__file__).parent / "vgg"
+
+
+def tiny_vae_path() -> Path:
+    """The folder of the mini `AutoencoderTiny`, which decodes the mini pipeline's latents at a third of the cost."""
+    return Path(__file__).parent / "tiny_vae"

@@ -1,0 +1,1 @@
+"""How good edits are (Sec. 4.1 of the paper): `metrics.py`."""

@@ -1,0 +1,225 @@
+"""A fine-tuned model on the Hub: the check before a run, the model card, and the push in one commit.
+
+`python -m diffusers_iedit.finetuning.hub FOLDER REPO_ID` pushes what a run left, again or for the first time.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HTTPError
+
+
+COMMAND = "python -m diffusers_iedit.finetuning.hub"
+# As in pipeline.py, whose import takes seconds that neither the check nor the command need.
+CODE_FILES = ("pipeline.py", "scheduling_iedit.py", "masking_iedit.py")
+LORA_FILE = "lora/pytorch_lora_weights.safetensors"
+# What a component's `save_pretrained` leaves: weights, configs, and a tokenizer's vocabulary and templates.
+COMPONENT_SUFFIXES = (".json", ".txt", ".safetensors", ".jinja")
+
+
+def check_hub(repo_id: str, token: str | None = None, private: bool | None = None) -> str:
+    """Makes sure, before a run starts, that its end can be pushed; creates the repository if need be.
+
+    Args:
+        repo_id (`str`): Hub id of the model; without a namespace, one of the token's owner.
+        token (`str`, *optional*): By default HF_TOKEN, or what `hf auth login` stored.
+        private (`bool`, *optional*): Whether a new repository is private.
+
+    Returns:
+        `str`: The id with its namespace.
+
+    Raises:
+        `ValueError`: If the token is refused, may not write there, or the Hub cannot be reached.
+    """
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        # Of a repository that is there, the line above also accepts a token that may only read it.
+        api.auth_check(repo_id, write=True)
+    except (HTTPError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{repo_id} on the Hub cannot be written to with the token in HF_TOKEN or of `hf auth login`: {reason}"
+        ) from error
+    return repo_id
+
+
+def write_model_card(
+    folder: Path,
+    template: Path,
+    *,
+    repo_id: str,
+    base_model: str,
+    dataset: str,
+    settings: dict[str, object],
+    losses: dict[str, float],
+    loss_plot: str,
+    evaluation: list[dict[str, object]] | None = None,
+    pictures: list[str] = (),
+    license: str | None = None,
+    lora: bool = False,
+) -> None:
+    """Fills the template of the model card and leaves it as README.md in the folder of the model.
+
+    Of local paths only the last name gets into the card. It shows `settings` as they come: they must not hold a token.
+
+    Args:
+        folder (`Path`): The saved pipeline.
+        template (`Path`): model_card.md, a Jinja template.
+        repo_id (`str`): Hub id of the model; of one that is not pushed the folder's name, which a later push replaces.
+        base_model (`str`): What was fine-tuned: a Hub id, a folder, "mini" or "mini-base".
+        dataset (`str`): What it was trained on: a Hub id or a folder.
+        settings (`dict`): The training's settings by name; those that are `None` are left out.
+        losses (`dict`): The mean of each loss term at the end of the training.
+        loss_plot (`str`): Picture of the loss curves, as a path inside the folder.
+        evaluation (`list[dict]`, *optional*): The rows of a table, all with the first one's columns.
+        pictures (`list[str]`): Sample edits, as paths inside the folder.
+        license (`str`, *optional*): The Hub's name of a licence; by default the base model's is said to apply.
+        lora (`bool`): Whether a LoRA was trained, which is merged into the UNet and also lies in the folder "lora".
+
+    Raises:
+        `ValueError`: If a picture is not in the folder.
+    """
+    for picture in (loss_plot, *pictures):
+        if not (folder / picture).is_file():
+            raise ValueError(f"`loss_plot` and `pictures` have to be files in {folder}, but {picture!r} is not there.")
+
+    mini = base_model in ("mini", "mini-base")
+    base_id = None if mini or _is_path(base_model) else base_model
+    dataset_id = None if _is_path(dataset) else dataset
+    base, data = f"the local model `{_cell(base_model)}`", f"the local data set `{_cell(dataset)}`"
+    if mini:
+        base = "the mini model of diffusers-iedit"
+    if base_id:
+        base = f"[{base_id}](https://huggingface.co/{base_id})"
+    if dataset_id:
+        data = f"[{dataset_id}](https://huggingface.co/datasets/{dataset_id})"
+
+    tags = ["iedit", "image-editing", "stable-diffusion", "stable-diffusion-diffusers", "diffusers-training"]
+    card = ModelCard.from_template(
+        ModelCardData(
+            license=license,
+            base_model=base_id,
+            datasets=[dataset_id] if dataset_id else None,
+            pipeline_tag="image-to-image",
+            library_name="diffusers",
+            tags=tags + ["lora"] * lora,
+        ),
+        template_path=str(template),
+        repo_id=repo_id,
+        base=base,
+        data=data,
+        settings={name: _cell(value) for name, value in settings.items() if value is not None},
+        losses={name: _cell(value) for name, value in losses.items()},
+        loss_plot=loss_plot,
+        evaluation=[{name: _cell(value) for name, value in row.items()} for row in evaluation or []],
+        pictures=pictures,
+        lora=lora,
+    )
+    part = folder / ".README.md.part"
+    card.save(part)
+    part.replace(folder / "README.md")
+
+
+def _is_path(name: str) -> bool:
+    return os.path.isabs(name) or os.path.exists(name)
+
+
+def _cell(value) -> str:
+    """A value as a table of the card shows it; of a local path only the name, as the rest is nobody's business."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_cell(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value)
+    if _is_path(text):
+        text = os.path.basename(os.path.abspath(text))
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str = "Upload iEdit pipeline",
+) -> str:
+    """Uploads the model in a run's folder in one commit, so that the Hub has the old revision or the new one.
+
+    That is the pipeline with its code files, the LoRA, the card and the pictures that the card shows; nothing else
+    that lies in the folder. Files of an earlier push that this one lacks stay on the Hub, as nothing tells them from
+    what somebody added there by hand.
+
+    Args:
+        folder (`Path`): What the run left.
+        repo_id (`str`): Hub id of the model; created if it is not there. The card that is pushed names it.
+        token (`str`, *optional*): By default HF_TOKEN, or what `hf auth login` stored.
+        private (`bool`, *optional*): Whether a new repository is private.
+        commit_message (`str`): The commit's first line.
+
+    Returns:
+        `str`: The model's address.
+
+    Raises:
+        `ValueError`: If the folder is no whole pipeline.
+        `RuntimeError`: If the push failed; says how to repeat it.
+    """
+    folder = Path(folder).resolve()
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    wanted = ["model_index.json", *CODE_FILES]
+    if missing := sorted(set(wanted) - there):
+        raise ValueError(f"`folder` has to be a saved IEditPipeline, but {folder} lacks {', '.join(missing)}.")
+    for component, origin in json.loads((folder / "model_index.json").read_text()).items():
+        if not isinstance(origin, list) or origin[0] is None:
+            continue
+        saved = [path.relative_to(folder).as_posix() for path in sorted((folder / component).glob("*"))]
+        saved = [path for path in saved if path.endswith(COMPONENT_SUFFIXES)]
+        if not saved:
+            raise ValueError(f"`folder` has to be a saved IEditPipeline, but {folder} lacks the folder {component}.")
+        wanted += saved
+    card = (folder / "README.md").read_text(encoding="utf-8") if "README.md" in there else ""
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card)
+    wanted += [path for path in dict.fromkeys([*pictures, LORA_FILE]) if path in there]
+
+    api = HfApi(token=token)
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        files = [CommitOperationAdd(path, folder / path) for path in wanted]
+        if card:
+            card = re.sub(r'(?m)^repo = ".*"(?=  # this repository$)', f'repo = "{repo.repo_id}"', card)
+            files.append(CommitOperationAdd("README.md", card.encode()))
+        # `upload_folder` may make several commits of one push.
+        api.create_commit(repo.repo_id, files, commit_message=commit_message)
+    except Exception as error:
+        command = f"{COMMAND} {shlex.quote(str(folder))} {repo_id}{' --private' * bool(private)}"
+        raise RuntimeError(
+            f"The push to {repo_id} failed: {error}\n\nThe folder is whole, and the Hub keeps its last whole revision."
+            f" To push again, with a token in HF_TOKEN or after `hf auth login`:\n    {command}"
+        ) from error
+    return repo.url
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog=COMMAND,
+        description="Push a fine-tuned model to the Hub, with the token in HF_TOKEN or that of `hf auth login`.",
+    )
+    parser.add_argument("folder", type=Path, help="what the training left")
+    parser.add_argument("repo_id", help="Hub id of the model; created if it is not there")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    args = parser.parse_args()
+    try:
+        print(push_folder(args.folder, args.repo_id, private=args.private or None))
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

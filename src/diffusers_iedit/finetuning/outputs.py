@@ -1,0 +1,105 @@
+"""What a training leaves behind beside its checkpoints: the curve of its losses, and the pipeline's folder."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+from diffusers import UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+
+from ..pipeline import IEditPipeline
+
+
+class LossLog:
+    """A CSV file with a line for each step: `step`, `loss`, each term without its weight, and `learning_rate`.
+
+    Args:
+        file (`Path`): The file.
+        columns (`list[str]`): Its columns.
+        last_step (`int`): Lines of later steps are cut off, so that a resumed run writes each step once.
+    """
+
+    def __init__(self, file: Path, columns: list[str], last_step: int):
+        self.file = file
+        self.columns = columns
+        kept = [row for row in self.read() if row["step"] <= last_step] if last_step else []
+        partial = file.with_suffix(".partial")
+        with partial.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, columns)
+            writer.writeheader()
+            writer.writerows(row | {"step": int(row["step"])} for row in kept)
+        partial.replace(file)
+
+    def write(self, row: dict[str, float]) -> None:
+        """Appends one line."""
+        with self.file.open("a", newline="") as opened:
+            csv.DictWriter(opened, self.columns).writerow(row)
+
+    def read(self) -> list[dict[str, float]]:
+        """All lines, as numbers; a last one that was cut off is left out."""
+        if not self.file.exists():
+            return []
+        with self.file.open(newline="") as opened:
+            rows = list(csv.DictReader(opened))
+        return [{name: float(value) for name, value in row.items()} for row in rows if all(row.values())]
+
+    def plot(self, file: Path) -> None:
+        """Draws each column of losses over the steps, as means over a hundredth of the run, into a PNG."""
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+
+        rows = self.read()
+        losses = [name for name in self.columns if name not in ("step", "learning_rate")]
+        window = max(1, len(rows) // 100)
+        figure, axes = pyplot.subplots(1, len(losses), figsize=(3.2 * len(losses), 2.6), layout="constrained")
+        for axis, name in zip(axes, losses, strict=True):
+            chunks = [rows[start : start + window] for start in range(0, len(rows), window)]
+            means = [sum(row[name] for row in chunk) / len(chunk) for chunk in chunks]
+            axis.plot([chunk[-1]["step"] for chunk in chunks], means)
+            axis.set(title=name, xlabel="step")
+        partial = file.with_suffix(".partial")
+        figure.savefig(partial, format="png", dpi=100)
+        pyplot.close(figure)
+        partial.replace(file)
+
+
+def save_pipeline(pipe: IEditPipeline, folder: Path) -> None:
+    """Saves a pipeline into a folder that may hold other files and an older pipeline.
+
+    It is written in full under a temporary name first. `model_index.json` comes last: with it, the folder is complete.
+
+    Raises:
+        OSError: If it cannot be written; what was there before is as it was.
+    """
+    partial = folder / "pipeline.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        pipe.save_pretrained(partial)
+    except Exception as error:
+        # A full disk comes as an OSError or a SafetensorError, depending on who was writing.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"The pipeline could not be written to {folder}: {error}") from error
+    (folder / "model_index.json").unlink(missing_ok=True)
+    for part in sorted(partial.iterdir(), key=lambda part: part.name == "model_index.json"):
+        if (folder / part.name).is_dir():
+            shutil.rmtree(folder / part.name)
+        part.replace(folder / part.name)
+    partial.rmdir()
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Saves a UNet's LoRA layers, for `pipe.load_lora_weights` on the base, and merges them into the UNet."""
+    from peft import get_peft_model_state_dict
+
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    IEditPipeline.save_lora_weights(partial, unet_lora_layers=layers)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    unet.fuse_lora()
+    unet.unload_lora()

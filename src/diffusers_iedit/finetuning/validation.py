@@ -1,0 +1,91 @@
+"""Edits of fixed pairs while a model is trained, side by side with what its base makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from diffusers.utils import numpy_to_pil
+from PIL import Image
+
+from ..pipeline import IEditPipeline
+from .data import PairStream
+
+
+COLUMNS = ("source", "mask", "SDEdit", "iEdit", "iEdit-M")
+
+
+class Validation:
+    """Edits the first pairs of a set, shared out among the processes, one picture at a time.
+
+    Built before the training begins, it keeps what the base makes of the pairs: SDEdit, with the same noise.
+
+    Args:
+        accelerator (`Accelerator`): Of the training.
+        pipe (`IEditPipeline`): The base, with the UNet that is trained.
+        pairs ([`~datasets.Dataset`]): With the columns of `pairs.schema.FEATURES`.
+        resolution (`int`): Of the pictures, in pixels.
+        seed (`int`): Of the noise, which is the same for all columns and at every time.
+        **settings: `strength`, `guidance_scale` and `num_inference_steps` of the edits.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, pipe: IEditPipeline, pairs: Dataset, resolution: int, seed: int, **settings
+    ):
+        self.accelerator = accelerator
+        names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+        components = {name: getattr(pipe, name) for name in names}
+        self.pipe = IEditPipeline(**components, requires_safety_checker=False).to(accelerator.device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.seed = seed
+        self.settings = settings
+        stream = PairStream(pairs, resolution)
+        # Under FSDP every process has to take part in every forward pass, so all get equally many rows.
+        with accelerator.split_between_processes(list(range(len(pairs))), apply_padding=True) as rows:
+            self.samples = [(row, stream.sample(row, (0.5, 0.5), False)) for row in rows]
+        self.base = [self._edit(row, sample) for row, sample in self.samples]
+
+    def _edit(self, row: int, sample: dict, mask: torch.Tensor | None = None) -> Image.Image:
+        unet = self.pipe.unet
+        training = unet.training
+        unet.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            (image,) = self.pipe(
+                sample["source_image"],
+                sample["edit_prompt"],
+                mask_image=mask,
+                generator=torch.Generator().manual_seed(self.seed + row),
+                **self.settings,
+            ).images
+        unet.train(training)
+        return image
+
+    def __call__(self) -> Image.Image:
+        """One row for each pair, with the columns of `COLUMNS`; the same on all processes."""
+        rows = []
+        for (row, sample), base in zip(self.samples, self.base, strict=True):
+            pictures = torch.stack([sample["source_image"], sample["source_mask"].expand(3, -1, -1)])
+            pictures = numpy_to_pil(pictures.permute(0, 2, 3, 1).numpy())
+            edits = [self._edit(row, sample), self._edit(row, sample, sample["source_mask"])]
+            rows.append((row, [*pictures, base, *edits]))
+        # Padding repeats rows.
+        rows = dict(gather_object(rows))
+        width, height = rows[0][0].size
+        grid = Image.new("RGB", (width * len(COLUMNS), height * len(rows)))
+        for number in sorted(rows):
+            for column, image in enumerate(rows[number]):
+                grid.paste(image, (width * column, height * number))
+        return grid
+
+    def save(self, file: Path) -> Image.Image:
+        """Calls it and writes the grid to a PNG, on the main process."""
+        grid = self()
+        if self.accelerator.is_main_process:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            grid.save(partial, "PNG")
+            partial.replace(file)
+        return grid
