@@ -21,16 +21,10 @@ import time
 import diffusers
 import numpy as np
 import psutil
+import sd_size
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image, ImageDraw
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_iedit import IEditPipeline, mini
 
@@ -42,31 +36,6 @@ METHODS = {
 }
 BASELINE = "img2img"
 PROMPT = "a blue car on green grass"
-
-# The configurations of CompVis/stable-diffusion-v1-4, where they are not the classes' defaults.
-SD_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-SD_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-SD_TEXT_ENCODER = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-}
-SD_SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 
 
 def parse_args() -> argparse.Namespace:
@@ -101,17 +70,9 @@ def build_components(size: str, device: str) -> dict:
         }
     else:
         torch.manual_seed(0)
-        torch.set_default_dtype(dtype)
-        with torch.device(device):
-            components = {
-                "vae": AutoencoderKL(**SD_VAE).eval(),
-                "text_encoder": CLIPTextModel(CLIPTextConfig(**SD_TEXT_ENCODER)).eval(),
-                "unet": UNet2DConditionModel(**SD_UNET).eval(),
-            }
-        torch.set_default_dtype(torch.float32)
-        # Which ids it gives costs nothing, so the mini models' vocabulary serves.
-        components["tokenizer"] = CLIPTokenizer.from_pretrained(mini.model_path() / "tokenizer", model_max_length=77)
-        components["scheduler"] = DDIMScheduler(**SD_SCHEDULER)
+        components = {name: sd_size.build(name, dtype, device) for name in ("vae", "text_encoder", "unet")}
+        components["tokenizer"] = sd_size.tokenizer()
+        components["scheduler"] = DDIMScheduler(**sd_size.SCHEDULER)
     return components | {"safety_checker": None, "feature_extractor": None}
 
 

@@ -1,20 +1,41 @@
-"""`benchmarks/compare_pipelines.py` runs and compares what it says it compares."""
+"""The benchmarks of an edit and of a training step run, and compare what they say they compare."""
 
+import importlib
 import json
 import runpy
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import pytest
+import torch
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compare_pipelines.py"
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def train_step():
+    return importlib.import_module("train_step")
+
+
+def figures_of(script, arguments, tmp_path, monkeypatch):
+    """What a script writes to --json."""
+    argv = [str(BENCHMARKS / script), *arguments, "--json", str(tmp_path / "figures.json")]
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(argv[0], run_name="__main__")
+    return json.loads((tmp_path / "figures.json").read_text())
 
 
 def test_compare_pipelines(tmp_path, monkeypatch, capsys):
-    argv = ["--size", "mini", "--steps", "2", "--repeats", "2", "--json", str(tmp_path / "figures.json")]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *argv])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    arguments = ["--size", "mini", "--steps", "2", "--repeats", "2"]
+    figures = figures_of("compare_pipelines.py", arguments, tmp_path, monkeypatch)
     table = capsys.readouterr().out
-    figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["settings"]["steps"] == 2
     assert set(figures["results"]) == {"img2img", "inpaint", "iedit"}
     for method, result in figures["results"].items():
@@ -23,3 +44,73 @@ def test_compare_pipelines(tmp_path, monkeypatch, capsys):
         assert result["peak_mib"] > result["peak_over_models_mib"] > 0
         assert f"\n{method} " in table
     assert figures["results"]["img2img"]["median_time_ratio"] == figures["results"]["img2img"]["peak_ratio"] == 1
+
+
+def test_train_step_compares_with_the_plain_step_of_the_same_option(tmp_path, monkeypatch, capsys):
+    arguments = ["--variants", "global+paired/tiny", "--repeats", "2", "--batch_size", "2"]
+    figures = figures_of("train_step.py", arguments, tmp_path, monkeypatch)
+    table = capsys.readouterr().out
+    assert figures["settings"]["batch_size"] == 2
+    assert list(figures["results"]) == ["plain", "global+paired/tiny"]
+    for variant, result in figures["results"].items():
+        assert len(result["seconds"]) == 2
+        assert result["peak_mib"] > result["peak_over_models_mib"] > 0
+        assert f"\n{variant} " in table
+    assert figures["results"]["plain"]["median_time_ratio"] == 1
+    assert figures["results"]["global+paired/tiny"]["median_time_ratio"] > 1
+    loading = figures["loading"]
+    assert 0 < loading["waiting_seconds"] < loading["step_seconds"]
+    assert f"{loading['waiting_seconds'] / loading['step_seconds']:.2%} of a plain step" in table
+
+
+def test_every_row_of_table_2_is_measured_with_both_decoders(train_step):
+    rows = ("global+paired", "global+ldm+loc", "global+ldm+loc+perc", "loc+global+mask+perc")
+    assert {f"{row}/{decoder}" for row in rows for decoder in ("vae", "tiny")} < set(train_step.VARIANTS)
+    for variant in train_step.VARIANTS.values():
+        assert variant.baseline in train_step.VARIANTS.values()
+        assert (variant.baseline.loss, variant.baseline.option) == ("plain", variant.option)
+
+
+def test_cached_latents_and_checkpointing_are_the_same_training(train_step):
+    variants = [variant for variant in train_step.VARIANTS.values() if variant.loss in ("plain", train_step.EQ_12)]
+    training = train_step.Training("mini", variants, "cpu", torch.float32)
+    batch = train_step.make_batch(Namespace(resolution=64, batch_size=2))
+    losses = {}
+    for variant in variants:
+        losses.setdefault((variant.loss, variant.decoder), []).append(
+            training.loss(variant, training.prepare(variant, batch)).item()
+        )
+    assert len(losses) == 3
+    for values in losses.values():
+        assert values == pytest.approx([values[0]] * 3, rel=1e-5)
+    assert len({values[0] for values in losses.values()}) == 3
+
+
+def test_a_step_trains_the_block_whose_turn_it_is(train_step):
+    variant = train_step.VARIANTS["loc+global+mask+perc/tiny"]
+    training = train_step.Training("mini", [variant], "cpu", torch.float32)
+    batch = train_step.make_batch(Namespace(resolution=64, batch_size=2))
+    for number, block in enumerate(("down_blocks", "mid_block")):
+        before = {name: parameter.clone() for name, parameter in training.unet.named_parameters()}
+        training.step(variant, batch, number)
+        changed = {name for name, parameter in training.unet.named_parameters() if not parameter.equal(before[name])}
+        assert {name.split(".")[0] for name in changed} - {"conv_in"} == {block}
+
+
+@pytest.mark.slow
+def test_computed_memory_counts_every_tensor_once(train_step):
+    args = Namespace(resolution=384, batch_size=1)
+    plain, eq_12, checkpointing = (
+        train_step.compute_memory(train_step.VARIANTS[name], args)
+        for name in ("plain", "loc+global+mask+perc/vae", "loc+global+mask+perc/vae/checkpointing")
+    )
+    # Millions of parameters of Stable Diffusion 1.4: the UNet's, the VAE's, the text encoder's; the blocks to train.
+    unet, vae, text_encoder, trained = 859.5, 83.7, 123.1, 346.7
+    assert plain["computed_weights_mib"] == pytest.approx(
+        (4 * (unet + vae) + 2 * text_encoder) * 1e6 / 2**20, rel=1e-3
+    )
+    assert plain["computed_adam_mib"] == pytest.approx(8 * trained * 1e6 / 2**20, rel=1e-3)
+    for memory in (plain, eq_12):
+        parts = [memory[f"computed_{part}_mib"] for part in ("weights", "adam", "rest")]
+        assert sum(parts) == pytest.approx(memory["computed_peak_mib"])
+    assert plain["computed_rest_mib"] < checkpointing["computed_rest_mib"] < eq_12["computed_rest_mib"]

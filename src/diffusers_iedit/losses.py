@@ -187,6 +187,7 @@ def masked_loss(
     target_noise: torch.Tensor,
     source_mask: torch.Tensor,
     target_mask: torch.Tensor,
+    background_weight: float = 1.0,
 ) -> torch.Tensor:
     r"""Eqs. 8 and 9: the target's noise where the target is edited, the source's noise where the source is not.
 
@@ -203,6 +204,7 @@ def masked_loss(
         source_mask (`torch.Tensor`): M_1, shape (B, 1, H, W), values in [0, 1], 1 = edit. Of any size: a latent
             takes the mean of the pixels that it stands for.
         target_mask (`torch.Tensor`): M_2, likewise.
+        background_weight (`float`): Of the second term; the paper's is 1.
 
     Returns:
         `torch.Tensor`: The loss of each sample, shape (B,).
@@ -218,7 +220,7 @@ def masked_loss(
     noise_pred = _fp32(noise_pred)
     foreground = (_fp32(target_noise) - noise_pred) * _mask(target_mask, "target_mask", noise_pred)
     background = (_fp32(source_noise) - noise_pred) * (1 - _mask(source_mask, "source_mask", noise_pred))
-    return _mean_square(foreground) + _mean_square(background)
+    return _mean_square(foreground) + background_weight * _mean_square(background)
 
 
 def clip_distance(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
@@ -452,9 +454,12 @@ class IEditLoss:
         decode (`Callable`, *optional*): Latents -> images in [0, 1], as `LatentDecoder`; for "loc", "global", "perc".
         embed_image (`Callable`, *optional*): Images -> embeddings, as `CLIPImageEmbedder`; for "loc", "global".
         features (`Callable`, *optional*): Images -> features, as `VGG16Features`; for "perc".
+        background_weight (`float`): Of the background in "mask"; the paper's is 1.
+        overlap_masks (`bool`): In "mask", edit only where M_1 and M_2 overlap. Otherwise what M_2 alone covers is
+            pulled both ways, as the paper has it.
 
     Raises:
-        ValueError: If a term or the prediction type is unknown, no term is given, or `lambda_perc` is negative.
+        ValueError: If a term or the prediction type is unknown, no term is given, or a weight is negative.
     """
 
     # Which of the networks and of the inputs that not every term needs a term cannot do without.
@@ -476,16 +481,22 @@ class IEditLoss:
         decode: Callable | None = None,
         embed_image: Callable | None = None,
         features: Callable | None = None,
+        background_weight: float = 1.0,
+        overlap_masks: bool = False,
     ):
         if not terms or not set(terms) <= set(self.NEEDS):
             raise ValueError(f"`terms` has to name some of {', '.join(self.NEEDS)}, got {terms!r}.")
         if not lambda_perc >= 0:
             raise ValueError(f"`lambda_perc` has to be 0 or more, got {lambda_perc}.")
+        if not background_weight >= 0:
+            raise ValueError(f"`background_weight` has to be 0 or more, got {background_weight}.")
         if prediction_type not in PREDICTION_TYPES:
             known = ", ".join(PREDICTION_TYPES)
             raise ValueError(f"`prediction_type` has to be one of {known}, got {prediction_type!r}.")
         self.terms = tuple(terms)
         self.lambda_perc = lambda_perc
+        self.background_weight = background_weight
+        self.overlap_masks = overlap_masks
         self.noise_latents, self.target, self.predict_latents = PREDICTION_TYPES[prediction_type]
         self.num_train_timesteps = num_train_timesteps
         self.networks = {"decode": decode, "embed_image": embed_image, "features": features}
@@ -547,7 +558,8 @@ class IEditLoss:
         if "paired" in self.terms:
             losses["paired"] = paired_loss(model_pred, noise_2)
         if "mask" in self.terms:
-            losses["mask"] = masked_loss(model_pred, noise_1, noise_2, source_mask, target_mask)
+            edit_mask = source_mask * target_mask if self.overlap_masks else target_mask
+            losses["mask"] = masked_loss(model_pred, noise_1, noise_2, source_mask, edit_mask, self.background_weight)
 
         if {"loc", "global", "perc"} & set(self.terms):
             image = decode(self.predict_latents(noisy_latents, model_pred, level))

@@ -88,7 +88,8 @@ def main() -> None:
         # Paths of the machine that trained are nobody's business.
         for file in new.rglob("*.json"):
             config = json.loads(file.read_text())
-            if config.pop("_name_or_path", None) is not None:
+            # The second is what transformers leaves in a tokenizer that was loaded offline.
+            if [config.pop(key) for key in ("_name_or_path", "local_files_only") if key in config]:
                 file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
         sizes = {file: file.stat().st_size for file in new.rglob("*") if file.is_file()}

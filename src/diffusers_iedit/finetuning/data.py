@@ -92,7 +92,7 @@ class PairStream(torch.utils.data.Dataset):
         for name, value in pair.items():
             if value is None or value == "":
                 raise ValueError(f"Row {row} of the pairs: `{name}` is missing.")
-        sample = {name: pair[name] for name in ("edit_prompt", "target_term")}
+        sample = {name: pair[name] for name in ("source_caption", "edit_prompt", "target_term")}
         for side in ("source", "target"):
             image, mask = pair[f"{side}_image"], pair[f"{side}_mask"]
             if mask.size != image.size:

@@ -128,6 +128,7 @@ class PairEncoder:
         text_encoder ([`~transformers.CLIPTextModel`]), tokenizer ([`~transformers.CLIPTokenizer`]): Of the pipeline.
         terms (`tuple[str]`): Of the loss, as for [`IEditLoss`].
         clip ([`~transformers.CLIPModel`], *optional*), clip_tokenizer (*optional*): For "loc" and "global".
+        source_captions (`bool`): Whether the states of the source captions are needed too.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class PairEncoder:
         terms: tuple[str, ...],
         clip: CLIPModel | None = None,
         clip_tokenizer: CLIPTokenizer | None = None,
+        source_captions: bool = False,
     ):
         self.vae = vae
         self.text_encoder = text_encoder
@@ -145,6 +147,7 @@ class PairEncoder:
         self.needed = {name for term in terms for name in IEditLoss.NEEDS[term]}
         self.clip = clip
         self.clip_tokenizer = clip_tokenizer
+        self.source_captions = source_captions
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
@@ -170,6 +173,8 @@ class PairEncoder:
             "target_latents": self._encode_images(batch["target_image"]),
             "prompt_states": self.encode_prompts(batch["edit_prompt"]),
         }
+        if self.source_captions:
+            encoded["source_states"] = self.encode_prompts(batch["source_caption"])
         for name in ("source_mask", "target_mask", "target_image"):
             if name in self.needed:
                 encoded[name] = batch[name].to(self.vae.device)
@@ -190,6 +195,7 @@ def batch_loss(
     empty_states: torch.Tensor,
     drop_caption: torch.Tensor,
     snr_gamma: float | None = None,
+    min_edit_timestep: int = 0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Eq. 12 for one batch: noise, prediction, loss.
 
@@ -206,6 +212,8 @@ def batch_loss(
         drop_caption (`torch.Tensor`): Which samples are trained without their prompt, (B,), bool.
         snr_gamma (`float`, *optional*): Min-SNR weights (https://huggingface.co/papers/2303.09556) for the terms of
             the noise.
+        min_edit_timestep (`int`): Samples below this timestep are trained on their source caption by Eq. 1, with
+            weight 1. So little noise leaves nothing to edit: Eq. 3 asks for what cannot be reached from z_t.
 
     Returns:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: The weighted sum and each term without its weight, all (B,).
@@ -218,7 +226,10 @@ def batch_loss(
 
     level = scheduler.alphas_cumprod.to(device)[timesteps]
     noisy_latents = criterion.noise_latents(source_latents, noise, level)
-    states = torch.where(drop_caption.view(-1, 1, 1), empty_states, prompt_states)
+    states, is_edit = prompt_states, timesteps >= min_edit_timestep
+    if min_edit_timestep:
+        states = torch.where(is_edit.view(-1, 1, 1), prompt_states, encoded["source_states"])
+    states = torch.where(drop_caption.view(-1, 1, 1), empty_states, states)
     model_pred = unet(noisy_latents, timesteps, states, return_dict=False)[0]
     noise_weight = None
     if snr_gamma is not None:
@@ -235,10 +246,9 @@ def batch_loss(
         **{name: encoded.get(name) for name in LOSS_INPUTS},
         noise_weight=noise_weight,
     )
-    if drop_caption.any():
-        unconditional = paired_loss(model_pred, criterion.target(noisy_latents, source_latents, level))
-        unconditional = unconditional * timesteps / criterion.num_train_timesteps
-        if noise_weight is not None:
-            unconditional = unconditional * noise_weight
-        loss = torch.where(drop_caption, unconditional, loss)
-    return loss, terms
+    reconstruction = paired_loss(model_pred, criterion.target(noisy_latents, source_latents, level))
+    unconditional = reconstruction * timesteps / criterion.num_train_timesteps
+    if noise_weight is not None:
+        unconditional = unconditional * noise_weight
+    loss = torch.where(drop_caption, unconditional, loss)
+    return torch.where(is_edit, loss, reconstruction), terms

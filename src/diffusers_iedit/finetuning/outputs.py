@@ -41,9 +41,9 @@ class LossLog:
         """All lines, as numbers; a last one that was cut off is left out."""
         if not self.file.exists():
             return []
-        with self.file.open(newline="") as opened:
-            rows = list(csv.DictReader(opened))
-        return [{name: float(value) for name, value in row.items()} for row in rows if all(row.values())]
+        text = self.file.read_text()
+        whole = text[: text.rfind("\n") + 1].splitlines()
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(whole)]
 
     def plot(self, file: Path) -> None:
         """Draws each column of losses over the steps, as means over a hundredth of the run, into a PNG."""

@@ -1,0 +1,618 @@
+"""train_iedit.py: what a training leaves, which weights it changes, its options, and bad input."""
+
+import json
+import re
+import shutil
+import sys
+from unittest import mock
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+)
+from hub_server import TOKEN, USER, files_in
+from PIL import Image
+from safetensors.torch import load_file
+from small_pairs import SCRIPT, UNET, arguments, command, losses, make_rows, train, unet, write_base, write_pairs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train_iedit import PRESETS
+
+from diffusers_iedit import IEditPipeline, mini
+from diffusers_iedit.finetuning.models import TRAIN_BLOCKS
+from diffusers_iedit.pairs.schema import FEATURES
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("made") / "pairs", make_rows())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("made") / "base")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, pairs, base):
+    """Four steps with the default objective, and a checkpoint after each: not to be changed."""
+    output_dir = tmp_path_factory.mktemp("plain") / "model"
+    train(arguments(pairs, base, output_dir, "--checkpointing_steps", 1))
+    return output_dir
+
+
+def changed(one, other):
+    """The names of the weights that differ."""
+    assert one.keys() == other.keys()
+    return {name for name in one if not torch.equal(one[name], other[name])}
+
+
+def close(one, other, base, tolerance=0.002):
+    """Whether two trainings have the same losses and, next to what they changed in the base, the same weights."""
+    for line, expected in zip(losses(one), losses(other), strict=True):
+        assert line == pytest.approx(expected, rel=1e-3)
+    weights, expected, before = unet(one), unet(other), unet(base)
+    # Adam takes full steps from the smallest gradients, so single weights may well differ.
+    difference = sum((weights[name] - values).square().sum() for name, values in expected.items()).sqrt()
+    return (
+        difference
+        < tolerance * sum((before[name] - values).square().sum() for name, values in expected.items()).sqrt()
+    )
+
+
+# A training of the mini model
+
+
+@pytest.fixture(scope="module")
+def mini_model(tmp_path_factory, pairs):
+    """What a training with the mini model leaves, with everything it reports."""
+    output_dir = tmp_path_factory.mktemp("mini") / "model"
+    options = ("--max_train_steps", 2, "--resolution", 64, "--num_validation_pairs", 2, "--num_inference_steps", 3)
+    train(arguments(pairs, "mini", output_dir, *options, "--validation_steps", 1, "--report_to", "tensorboard"))
+    return output_dir
+
+
+def test_a_training_of_the_mini_model_leaves_a_pipeline_that_edits(mini_model):
+    pipe = IEditPipeline.from_pretrained(mini_model)
+    pipe.set_progress_bar_config(disable=True)
+    scene = mini.render(300_000, things=1)
+    edited = pipe(scene.image, "a red car on green grass", mask_image=scene.mask, num_inference_steps=3).images[0]
+    assert edited.size == (64, 64)
+    assert np.any(np.asarray(edited) != np.asarray(scene.image))
+
+
+def test_only_the_input_and_middle_blocks_of_the_unet_differ_from_the_base(mini_model):
+    base = mini.model_path()
+    ours, theirs = IEditPipeline.from_pretrained(mini_model), IEditPipeline.from_pretrained(base)
+    for name, component in theirs.components.items():
+        if not isinstance(component, torch.nn.Module):
+            continue
+        different = changed(getattr(ours, name).state_dict(), component.state_dict())
+        if name != "unet":
+            assert different == set(), name
+            continue
+        parts = {name.split(".")[0] for name in different}
+        assert parts == {"conv_in", "down_blocks", "mid_block"}
+
+
+def test_the_rest_of_the_pipeline_is_the_base_s(mini_model):
+    ours, theirs = files_in(mini_model), files_in(mini.model_path())
+    assert json.loads(ours["model_index.json"]) == json.loads(theirs["model_index.json"])
+    for path in ("scheduler/scheduler_config.json", "unet/config.json", "tokenizer/tokenizer.json"):
+        ours_, theirs_ = json.loads(ours[path]), json.loads(theirs[path])
+        for config in (ours_, theirs_):
+            config.pop("_diffusers_version", None)
+            config.pop("_name_or_path", None)
+        assert ours_ == theirs_
+    assert {"pipeline.py", "masking_iedit.py", "scheduling_iedit.py"} <= ours.keys()
+
+
+def test_the_end_leaves_card_curve_arguments_and_grids(mini_model, pairs):
+    assert "2" in (mini_model / "README.md").read_text()
+    settings = json.loads((mini_model / "training_args.json").read_text())
+    assert settings["train_data"] == str(pairs)
+    assert (settings["max_train_steps"], settings["clip_model"]) == (2, "mini")
+    with Image.open(mini_model / "loss.png") as curve:
+        assert curve.width > curve.height
+    assert sorted(file.name for file in (mini_model / "images").iterdir()) == ["step-000001.png", "step-000002.png"]
+    assert "images/step-000002.png" in (mini_model / "README.md").read_text()
+    assert not [path for path in mini_model.rglob("*") if "partial" in path.name]
+
+
+def test_each_term_is_a_curve_of_its_own_in_tensorboard(mini_model):
+    events = EventAccumulator(str(mini_model / "logs/iedit"), {"images": 0, "scalars": 0}).Reload()
+    curves = {"loss", "loss/loc", "loss/global", "loss/mask", "loss/perc", "learning_rate"}
+    assert curves == set(events.Tags()["scalars"])
+    for line in losses(mini_model):
+        for curve in curves:
+            (seen,) = [event.value for event in events.Scalars(curve) if event.step == line["step"]]
+            assert seen == pytest.approx(line[curve.removeprefix("loss/")], rel=1e-5)
+    assert [image.step for image in events.Images("validation")] == [1, 2]
+
+
+def grid(file, row):
+    """The pictures of one row of a grid: source, mask, SDEdit, iEdit, iEdit-M."""
+    pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    assert pixels.shape[1] == 5 * 64
+    return np.split(pixels[64 * row : 64 * (row + 1)], 5, axis=1)
+
+
+def test_a_grid_has_a_row_for_each_pair_and_shows_what_it_says(mini_model):
+    rows = make_rows(2)
+    for number, row in enumerate(rows):
+        source, mask, sdedit, iedit, masked = grid(mini_model / "images/step-000001.png", number)
+        later = grid(mini_model / "images/step-000002.png", number)
+        np.testing.assert_array_equal(source, row["source_image"])
+        np.testing.assert_array_equal(mask[..., 0], row["source_mask"])
+        # The base's edit stays as it was before the training, and the model's moves away from it.
+        np.testing.assert_array_equal(sdedit, later[2])
+        assert np.any(iedit != sdedit)
+        assert np.any(iedit != later[3])
+        np.testing.assert_array_equal(masked[mask == 0], source[mask == 0])
+        assert np.any(masked != source)
+    assert Image.open(mini_model / "images/step-000001.png").height == 2 * 64
+
+
+def test_the_grid_starts_at_the_base(tmp_path, pairs):
+    """With weights that cannot move, iEdit is SDEdit: the noise is the same."""
+    options = ("--max_train_steps", 1, "--resolution", 64, "--num_validation_pairs", 1, "--num_inference_steps", 2)
+    train(arguments(pairs, "mini", tmp_path / "model", *options, "--learning_rate", 0))
+    _, _, sdedit, iedit, _ = grid(tmp_path / "model/images/step-000001.png", 0)
+    np.testing.assert_array_equal(sdedit, iedit)
+
+
+# Which weights are trained
+
+
+def test_steps_train_the_input_and_the_middle_blocks_in_turn(plain, base):
+    names = unet(base)
+    names = {
+        "input": {name for name in names if name.startswith(("conv_in.", "down_blocks."))},
+        "middle": {name for name in names if name.startswith("mid_block.")},
+    }
+    before = {name: values for name, values in unet(base).items() if name in names["input"] | names["middle"]}
+    for step, group in enumerate(("input", "middle", "input", "middle"), start=1):
+        after = load_file(plain / f"checkpoint-{step}/trained.safetensors")
+        assert changed(before, after) == names[group]
+        before = after
+    assert changed(unet(plain), unet(base)) == names["input"] | names["middle"]
+
+
+@pytest.mark.parametrize(
+    ("train_blocks", "pattern"),
+    [
+        ("input", r"(conv_in|down_blocks)\."),
+        ("middle", r"mid_block\."),
+        ("all", r""),
+        ("attention", r".*\.attn[12]\."),
+    ],
+)
+def test_train_blocks_chooses_what_is_trained(tmp_path, pairs, base, train_blocks, pattern):
+    options = ("--max_train_steps", 2, "--loss", "paired", "--train_blocks", train_blocks)
+    train(arguments(pairs, base, tmp_path / "model", *options))
+    before = unet(base)
+    assert changed(unet(tmp_path / "model"), before) == {name for name in before if re.match(pattern, name)}
+
+
+def test_every_choice_of_train_blocks_is_tested():
+    assert set(TRAIN_BLOCKS) == {"alternate", "input", "middle", "all", "attention"}
+
+
+# The objective
+
+
+@pytest.mark.parametrize(
+    "loss", ["global+paired", "global+ldm+loc", "global+ldm+loc+perc", "loc+global+mask+perc", "ldm", "mask"]
+)
+def test_a_row_of_table_2_is_trained_by_its_name_and_each_term_is_logged(tmp_path, pairs, base, loss):
+    train(arguments(pairs, base, tmp_path / "model", "--max_train_steps", 2, "--loss", loss))
+    lines = losses(tmp_path / "model")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert list(lines[0]) == ["step", "loss", *loss.split("+"), "learning_rate"]
+    assert all(line[term] > 0 for line in lines for term in loss.split("+"))
+    assert changed(unet(tmp_path / "model"), unet(base))
+
+
+def test_terms_that_two_rows_share_start_with_the_same_values(tmp_path, pairs, base, plain):
+    train(arguments(pairs, base, tmp_path / "model", "--max_train_steps", 1, "--loss", "global+ldm+loc"))
+    (line,) = losses(tmp_path / "model")
+    for term in ("global", "loc"):
+        assert line[term] == pytest.approx(losses(plain)[0][term], rel=1e-5)
+
+
+def test_lambda_perc_weighs_the_perceptual_loss(tmp_path, pairs, base):
+    first = []
+    for weight in (0.0, 1.0, 3.0):
+        options = ("--max_train_steps", 1, "--lambda_perc", weight, "--caption_dropout", 0)
+        train(arguments(pairs, base, tmp_path / f"{weight}", *options))
+        first += losses(tmp_path / f"{weight}")
+    assert len({line["perc"] for line in first}) == 1
+    assert first[1]["loss"] - first[0]["loss"] == pytest.approx(first[0]["perc"], rel=1e-3)
+    assert first[2]["loss"] - first[0]["loss"] == pytest.approx(3 * first[0]["perc"], rel=1e-3)
+
+
+def test_background_weight_and_overlap_change_the_masked_loss_alone(tmp_path, pairs, base, plain):
+    options = {"heavier": ("--background_weight", 3), "overlap": ("--overlap_masks",)}
+    without = losses(plain)[0]
+    for name, option in options.items():
+        train(arguments(pairs, base, tmp_path / name, "--max_train_steps", 1, *option))
+        (line,) = losses(tmp_path / name)
+        assert all(line[term] == pytest.approx(without[term], rel=1e-5) for term in ("loc", "global", "perc"))
+    assert losses(tmp_path / "heavier")[0]["mask"] > 1.1 * without["mask"]
+    assert losses(tmp_path / "overlap")[0]["mask"] < 0.99 * without["mask"]
+
+
+def test_below_min_edit_timestep_the_source_is_trained_on_its_own_caption(tmp_path, pairs, base):
+    rows = make_rows()
+    for row in rows:
+        row["target_image"], row["edit_prompt"] = row["source_image"], "a purple cow"
+    other = write_pairs(tmp_path / "pairs", rows)
+    for name, data, limit in (("all", pairs, 1000), ("others", other, 1000), ("none", pairs, 0), ("some", pairs, 500)):
+        options = ("--loss", "paired", "--caption_dropout", 0, "--min_edit_timestep", limit)
+        train(arguments(data, base, tmp_path / name, *options))
+    # Where no sample is an edit, the target and its prompt do not matter.
+    assert changed(unet(tmp_path / "all"), unet(tmp_path / "others")) == set()
+    for name in ("none", "some"):
+        assert changed(unet(tmp_path / "all"), unet(tmp_path / name))
+    assert changed(unet(tmp_path / "none"), unet(tmp_path / "some"))
+
+
+def test_a_preset_gives_other_defaults_and_options_prevail(tmp_path, pairs, base):
+    argv = arguments(pairs, base, tmp_path / "model", "--preset", "tuned", "--snr_gamma", 7, "--max_train_steps", 1)
+    train(argv)
+    settings = json.loads((tmp_path / "model/training_args.json").read_text())
+    for name, value in PRESETS["tuned"].items():
+        assert settings[name] == (7 if name == "snr_gamma" else value)
+    assert PRESETS["paper"] == {}
+
+
+def test_samples_without_caption_are_trained_by_eq_1_whatever_the_loss_is(tmp_path, pairs, base):
+    for loss in ("ldm", "paired"):
+        train(arguments(pairs, base, tmp_path / loss, "--caption_dropout", 1, "--loss", loss))
+        train(arguments(pairs, base, tmp_path / f"{loss} with captions", "--caption_dropout", 0, "--loss", loss))
+    assert changed(unet(tmp_path / "ldm"), unet(tmp_path / "paired")) == set()
+    assert changed(unet(tmp_path / "ldm with captions"), unet(tmp_path / "paired with captions"))
+    assert changed(unet(tmp_path / "ldm"), unet(tmp_path / "ldm with captions"))
+
+
+def test_min_snr_weighs_the_terms_of_the_noise_alone(tmp_path, pairs, base, plain):
+    train(arguments(pairs, base, tmp_path / "model", "--snr_gamma", 0.01))
+    line, without = losses(tmp_path / "model")[0], losses(plain)[0]
+    for term in ("loc", "global", "mask", "perc"):
+        assert line[term] == pytest.approx(without[term], rel=1e-5)
+    assert 0 < line["loss"] < without["loss"]
+    assert changed(unet(tmp_path / "model"), unet(plain))
+
+
+def test_a_base_that_predicts_v_is_trained_to_predict_v(tmp_path, pairs, plain):
+    base = write_base(tmp_path / "base", prediction_type="v_prediction")
+    train(arguments(pairs, base, tmp_path / "model", "--snr_gamma", 5))
+    config = json.loads((tmp_path / "model/scheduler/scheduler_config.json").read_text())
+    assert config["prediction_type"] == "v_prediction"
+    assert losses(tmp_path / "model")[0]["mask"] != pytest.approx(losses(plain)[0]["mask"], rel=0.01)
+    assert changed(unet(tmp_path / "model"), unet(base))
+
+
+def test_a_loss_decoder_decodes_for_the_losses_on_images_only(tmp_path, pairs, base, plain):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tiny = AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
+            num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1),
+        )  # fmt: skip
+    tiny.save_pretrained(tmp_path / "decoder")
+    train(arguments(pairs, base, tmp_path / "model", "--loss_decoder", tmp_path / "decoder"))
+    line, without = losses(tmp_path / "model")[0], losses(plain)[0]
+    assert line["mask"] == pytest.approx(without["mask"], rel=1e-5)
+    for term in ("loc", "global", "perc"):
+        assert abs(line[term] / without[term] - 1) > 1e-3
+    assert (tmp_path / "model/vae/config.json").read_text() == (plain / "vae/config.json").read_text()
+
+
+# Optimisation
+
+
+def test_lora_is_merged_and_lies_beside_the_pipeline(tmp_path, pairs, base):
+    options = ("--lora_rank", 2, "--learning_rate", 0.05, "--train_blocks", "all")
+    train(arguments(pairs, base, tmp_path / "model", *options))
+    merged, before = unet(tmp_path / "model"), unet(base)
+    different = changed(merged, before)
+    assert different
+    assert all(re.search(r"\.(to_q|to_k|to_v|to_out\.0)\.weight$", name) for name in different)
+
+    edits = []
+    for folder, lora in ((tmp_path / "model", None), (base, tmp_path / "model/lora"), (base, None)):
+        pipe = IEditPipeline.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        if lora:
+            pipe.load_lora_weights(lora)
+        what = {"image": make_rows(1)[0]["source_image"], "prompt": "a blue car", "output_type": "np"}
+        edits.append(pipe(**what, num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images)
+    np.testing.assert_allclose(edits[0], edits[1], atol=1e-4)
+    assert np.abs(edits[0] - edits[2]).max() > 1e-2
+
+
+def test_lora_layers_of_the_input_and_middle_blocks_take_turns(tmp_path, pairs, base):
+    train(arguments(pairs, base, tmp_path / "model", "--lora_rank", 2, "--checkpointing_steps", 1))
+    states = [load_file(tmp_path / f"model/checkpoint-{step}/trained.safetensors") for step in (1, 2, 3)]
+    assert {name.split(".")[0] for name in changed(states[0], states[1])} == {"mid_block"}
+    assert {name.split(".")[0] for name in changed(states[1], states[2])} == {"down_blocks"}
+    assert all("lora_" in name for name in states[0])
+
+
+def test_a_full_training_removes_the_lora_of_an_earlier_one(tmp_path, pairs, base):
+    for options in (("--lora_rank", 2), ()):
+        train(arguments(pairs, base, tmp_path / "model", "--max_train_steps", 1, *options))
+        assert (tmp_path / "model/lora").exists() == bool(options)
+
+
+def test_with_ema_the_average_is_what_is_saved(tmp_path, pairs, base, plain):
+    train(arguments(pairs, base, tmp_path / "model", "--use_ema", "--ema_decay", 0.5, "--checkpointing_steps", 1))
+    # The average does not take part in the training.
+    assert losses(tmp_path / "model") == losses(plain)
+    last = tmp_path / "model/checkpoint-4"
+    trained, average = load_file(last / "trained.safetensors"), load_file(last / "ema.safetensors")
+    assert changed(trained, load_file(plain / "checkpoint-4/trained.safetensors")) == set()
+    before = load_file(tmp_path / "model/checkpoint-3/ema.safetensors")
+    for name, values in average.items():
+        # By the fourth step the warm-up is over.
+        assert torch.allclose(values, 0.5 * (before[name] + trained[name]), atol=1e-7), name
+    assert changed(average, trained)
+    saved = unet(tmp_path / "model")
+    assert all(torch.equal(saved[name], values) for name, values in average.items())
+
+
+def test_two_accumulated_batches_of_one_are_a_batch_of_two(tmp_path, pairs, base, plain):
+    options = ("--train_batch_size", 1, "--gradient_accumulation_steps", 2)
+    train(arguments(pairs, base, tmp_path / "model", *options))
+    assert close(tmp_path / "model", plain, base)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(tmp_path, pairs, base, plain):
+    train(arguments(pairs, base, tmp_path / "model", "--gradient_checkpointing"))
+    assert close(tmp_path / "model", plain, base)
+
+
+def test_processes_that_read_pairs_give_the_same_weights(tmp_path, pairs, base, plain):
+    train(arguments(pairs, base, tmp_path / "model", "--dataloader_num_workers", 2))
+    assert changed(unet(tmp_path / "model"), unet(plain)) == set()
+
+
+def test_cached_latents_give_the_same_losses_and_are_used_again(tmp_path, pairs, base, plain):
+    options = ("--cache_latents", "--cache_dir", tmp_path / "cache")
+    train(arguments(pairs, base, tmp_path / "model", *options))
+    assert close(tmp_path / "model", plain, base)
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    time = file.stat().st_mtime_ns
+
+    train(arguments(pairs, base, tmp_path / "again", *options, "--loss", "loc+global+mask+perc"))
+    assert (tmp_path / "again" / UNET).read_bytes() == (tmp_path / "model" / UNET).read_bytes()
+    assert [file] == list((tmp_path / "cache").rglob("*.safetensors"))
+    assert file.stat().st_mtime_ns == time
+
+
+def test_bf16_trains_and_saves_weights_in_fp32(tmp_path, pairs, base, plain):
+    train(arguments(pairs, base, tmp_path / "model", "--mixed_precision", "bf16"))
+    assert {values.dtype for values in unet(tmp_path / "model").values()} == {torch.float32}
+    for line, expected in zip(losses(tmp_path / "model"), losses(plain), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_is_saved_as_any_other(tmp_path, pairs, base, plain, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    train(arguments(pairs, base, tmp_path / "model"))
+    assert close(tmp_path / "model", plain, base)
+
+
+def test_the_learning_rate_warms_up_and_falls_as_its_schedule_says(tmp_path, pairs, base):
+    options = ("--lr_scheduler", "linear", "--lr_warmup_steps", 2, "--max_train_steps", 4, "--loss", "paired")
+    train(arguments(pairs, base, tmp_path / "model", *options))
+    rates = [line["learning_rate"] for line in losses(tmp_path / "model")]
+    assert rates == pytest.approx([5e-4, 1e-3, 5e-4, 0])
+
+
+def test_another_seed_gives_other_weights(tmp_path, pairs, base, plain):
+    train(arguments(pairs, base, tmp_path / "model", "--seed", 1))
+    assert changed(unet(tmp_path / "model"), unet(plain)) == changed(unet(plain), unet(base))
+
+
+# Bad input
+
+
+def error(argv, capsys):
+    """What the command says of an error, which has to come without a traceback and to leave no model."""
+    with pytest.raises(SystemExit) as end:
+        command(argv)
+    message = capsys.readouterr().err.splitlines()[-1] if end.value.code == 2 else end.value.code
+    assert message.startswith("train_iedit.py: error: ")
+    assert "Traceback" not in message
+    return message.removeprefix("train_iedit.py: error: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--loss", "loc+style"), "--loss has to be some of loc, global, .*, got 'loc+style'."),
+        (("--loss", "loc+loc"), "--loss has to be some of loc, global, .*, each once, .*, got 'loc+loc'."),
+        (("--lambda_perc", "-0.1"), "--lambda_perc has to be 0 or more, got -0.1."),
+        (("--background_weight", "-1"), ".?.?background_weight.? has to be 0 or more, got -1.0."),
+        (("--caption_dropout", "1.5"), "--caption_dropout has to be between 0 and 1, got 1.5."),
+        (("--max_train_steps", "0"), "--max_train_steps has to be 1 or more, got 0."),
+        (("--lora_rank", "0"), "--lora_rank has to be 1 or more, got 0."),
+        (("--checkpoints_total_limit", "0"), "--checkpoints_total_limit has to be 1 or more, got 0."),
+        (("--resolution", "33"), "`resolution` has to be a multiple of 4, .*, got 33."),
+        (("--random_crop", "--cache_latents"), "--random_crop and --cache_latents exclude each other.*"),
+        (("--train_split", "test"), "The split 'test' of '.*/pairs' cannot be opened.*"),
+        (("--resume_from_checkpoint", "checkpoint-7"), "`resume_from_checkpoint`: .* no checkpoint-7;.* none."),
+        (("--mixed_precision", "fp16"), "`mixed_precision` fp16 .*"),
+        (("--clip_model", str(mini.judge_path())), "`clip_model` '.*/judge'.*"),
+        (("--perceptual_model", str(mini.judge_path())), "`perceptual_model` '.*/judge'.*"),
+        (("--loss_decoder", str(mini.judge_path())), "`loss_decoder` '.*/judge' gives no usable AutoencoderTiny.*"),
+        (("--model", str(mini.judge_path())), "`model` '.*/judge' gives no usable Stable Diffusion 1.x or 2.x.*"),
+        (("--model", str(mini.clip_path())), "`model` '.*/clip' gives no usable Stable Diffusion 1.x or 2.x.*"),
+    ],
+)
+def test_a_bad_option_is_named_with_what_was_expected_and_what_came(tmp_path, pairs, base, capsys, options, message):
+    argv = arguments(pairs, base, tmp_path / "model", *options)
+    assert re.fullmatch(message.replace("+", r"\+"), error(argv, capsys))
+    assert not (tmp_path / "model/losses.csv").exists()
+
+
+def without(name):
+    return [column for column in FEATURES if column != name]
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_data_set_without_a_column_names_the_column(tmp_path, base, capsys, name):
+    pairs = write_pairs(tmp_path / "pairs", make_rows(3), without(name))
+    message = error(arguments(pairs, base, tmp_path / "model"), capsys)
+    assert f"column `{name}` is missing; there are " in message
+
+
+def test_a_data_set_without_rows_is_refused(tmp_path, base, capsys):
+    pairs = write_pairs(tmp_path / "pairs", [])
+    assert re.search("no rows|no data", error(arguments(pairs, base, tmp_path / "model"), capsys))
+
+
+# `load_pairs` looks at the first 8 rows; the others are met on the way.
+@pytest.mark.parametrize("row", [1, 10])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("target_mask", Image.new("L", (64, 64)), "`target_mask` is black"),
+        ("source_mask", Image.new("L", (48, 64), 255), "`source_mask` is 48 x 64, but `source_image` is 64 x 64"),
+        ("edit_prompt", None, "`edit_prompt` is "),
+    ],
+)
+def test_a_bad_row_is_named_with_its_fault(tmp_path, base, capsys, row, name, value, message):
+    rows = make_rows()
+    rows[row][name] = value
+    pairs = write_pairs(tmp_path / "pairs", rows)
+    said = error(arguments(pairs, base, tmp_path / "model", "--max_train_steps", 6, "--loss", "paired"), capsys)
+    assert re.search(f"(?i)row {row}\\b.*{message}", said)
+    assert not (tmp_path / "model/model_index.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["SDXL", "SD3", "inpainting"])
+def test_a_base_that_is_no_stable_diffusion_1_or_2_is_refused(tmp_path, pairs, capsys, kind):
+    base = tmp_path / "base"
+    if kind == "SDXL":
+        StableDiffusionXLImg2ImgPipeline(**tiny_models.sdxl_components(vae_scale_factor=4)).save_pretrained(base)
+    elif kind == "SD3":
+        StableDiffusion3Img2ImgPipeline(**tiny_models.sd3_components(vae_scale_factor=4)).save_pretrained(base)
+    else:
+        StableDiffusionInpaintPipeline(**tiny_models.sd_components(vae_scale_factor=4, in_channels=9)).save_pretrained(
+            base
+        )
+    message = error(arguments(pairs, base, tmp_path / "model"), capsys)
+    assert message.startswith(f"`model` '{base}' gives no usable Stable Diffusion 1.x or 2.x: ")
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_an_output_dir_that_cannot_be_written_to_is_named(tmp_path, pairs, base, capsys, below):
+    (tmp_path / "file").touch()
+    output_dir = tmp_path / "file/model" if below else tmp_path / "file"
+    message = error(arguments(pairs, base, output_dir), capsys)
+    assert message.startswith(f"`output_dir` has to be a folder that can be written to, got {output_dir}: ")
+
+
+def test_a_folder_with_checkpoints_is_gone_on_with_or_left_alone(tmp_path, pairs, base, plain, capsys):
+    output_dir = tmp_path / "model"
+    shutil.copytree(plain, output_dir)
+    message = error(arguments(pairs, base, output_dir), capsys)
+    assert message.startswith(f"`output_dir` {output_dir} holds checkpoints of an earlier run")
+    assert files_in(output_dir) == files_in(plain)
+
+
+def test_a_checkpoint_of_another_configuration_names_every_difference(tmp_path, pairs, base, plain, capsys):
+    output_dir = tmp_path / "model"
+    shutil.copytree(plain, output_dir)
+    options = (
+        "--loss",
+        "paired",
+        "--learning_rate",
+        0.5,
+        "--train_batch_size",
+        3,
+        "--resume_from_checkpoint",
+        "latest",
+    )
+    message = error(arguments(pairs, base, output_dir, *options), capsys)
+    for difference in (
+        "learning_rate was 0.001 and is 0.5",
+        "loss was 'loc+global+mask+perc' and is 'paired'",
+        "total_batch_size was 2 and is 3",
+    ):
+        assert difference in message
+    assert message.count(" was ") == 3
+
+
+def test_a_checkpoint_of_other_pairs_is_refused(tmp_path, base, plain, capsys):
+    output_dir = tmp_path / "model"
+    shutil.copytree(plain, output_dir)
+    pairs = write_pairs(tmp_path / "pairs", make_rows(5))
+    message = error(arguments(pairs, base, output_dir, "--resume_from_checkpoint", "latest"), capsys)
+    assert "rows was 12 and is 5" in message
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path, pairs, base, plain, capsys):
+    output_dir = tmp_path / "model"
+    shutil.copytree(plain, output_dir)
+    message = error(arguments(pairs, base, output_dir, "--resume_from_checkpoint", "checkpoint-9"), capsys)
+    assert "no checkpoint-9" in message
+    assert "checkpoint-1, checkpoint-2, checkpoint-3, checkpoint-4" in message
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, pairs, base, capsys):
+    (tmp_path / "model/checkpoint-9").mkdir(parents=True)
+    message = error(arguments(pairs, base, tmp_path / "model", "--resume_from_checkpoint", "latest"), capsys)
+    assert message == f"`resume_from_checkpoint`: {tmp_path}/model/checkpoint-9 is no checkpoint of this script."
+
+
+def test_8_bit_adam_says_what_it_needs(tmp_path, pairs, base, capsys):
+    with mock.patch.dict(sys.modules, bitsandbytes=None):
+        message = error(arguments(pairs, base, tmp_path / "model", "--use_8bit_adam"), capsys)
+    assert message == "`use_8bit_adam` needs bitsandbytes: pip install bitsandbytes"
+
+
+# The Hub
+
+
+def test_a_token_that_is_refused_is_an_error_before_anything_is_loaded(tmp_path, hub):
+    argv = arguments(tmp_path / "no pairs", "no-base", tmp_path / "model", "--push_to_hub")
+    process = hub.run([sys.executable, str(SCRIPT), *argv], HF_TOKEN="wrong", ACCELERATE_USE_CPU="true")
+    assert process.returncode == 1
+    last = process.stderr.splitlines()[-1]
+    assert last.startswith("train_iedit.py: error: model on the Hub cannot be written to with the token")
+    assert "Traceback" not in process.stderr
+    assert hub.repos["models"] == {}
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+def test_a_run_with_everything_pushes_the_model_alone_and_tells_nobody_the_token(tmp_path, pairs, base, hub):
+    output_dir = tmp_path / "model"
+    options = ("--push_to_hub", "--lora_rank", 2, "--checkpointing_steps", 1, "--cache_latents", "--use_ema")
+    shown = ("--report_to", "tensorboard", "--num_validation_pairs", 1, "--num_inference_steps", 2)
+    argv = arguments(pairs, base, output_dir, "--max_train_steps", 2, *options, *shown)
+    process = hub.run([sys.executable, str(SCRIPT), *argv], ACCELERATE_USE_CPU="true")
+    assert process.returncode == 0, process.stderr
+    assert f"{hub.endpoint}/{USER}/model" in process.stderr
+
+    local, pushed = files_in(output_dir), dict(hub.repos["models"][f"{USER}/model"].files())
+    of_the_run = ("checkpoint-", "cache/", "logs/", "losses.csv", "training_args.json")
+    assert all(any(path.startswith(name) for path in local) for name in of_the_run)
+    assert pushed.keys() == {path for path in local if not path.startswith(of_the_run)}
+    assert {"lora/pytorch_lora_weights.safetensors", "loss.png", "images/step-000002.png"} <= pushed.keys()
+    card = pushed.pop("README.md").decode()
+    assert f'repo = "{USER}/model"' in card
+    assert all(content == local[path] for path, content in pushed.items())
+
+    assert TOKEN not in process.stdout + process.stderr
+    assert not [path for path, content in local.items() if TOKEN.encode() in content]
+    assert not any(TOKEN.encode() in request.body for request in hub.requests)

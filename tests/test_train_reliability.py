@@ -1,0 +1,497 @@
+"""train_iedit.py under accidents: killed, told to stop, no numbers any more, out of disk, in several processes."""
+
+# ruff: noqa: F811 (fixtures are imported and then named as arguments)
+
+import contextlib
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import small_pairs
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from small_pairs import (
+    UNET,
+    arguments,
+    calling,
+    command,
+    losses,
+    make_rows,
+    processes,
+    run,
+    same_end,
+    train,
+    unet,
+    write_pairs,
+)
+from test_build_reliability import small_disk  # noqa: F401
+from test_train import base, changed, close, pairs, plain  # noqa: F401
+
+from diffusers_iedit import IEditPipeline
+from diffusers_iedit.finetuning.checkpoints import list_checkpoints
+from diffusers_iedit.finetuning.outputs import LossLog
+
+
+FINETUNING = "diffusers_iedit.finetuning"
+
+RESUME = ("--resume_from_checkpoint", "latest")
+
+
+@pytest.fixture(scope="module")
+def context():
+    return processes()
+
+
+def start(context, *args, **kwargs):
+    process = context.Process(target=run, args=args, kwargs=kwargs)
+    process.start()
+    return process
+
+
+def finish(process, timeout=120):
+    """Its exit code."""
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        pytest.fail("the process did not come to its end")
+    return process.exitcode
+
+
+def all_complete(output_dir, plain):
+    """Whether each checkpoint has the files that belong to one, and all can be read."""
+    expected = {file.name for file in (plain / "checkpoint-1").iterdir()}
+    for checkpoint in list_checkpoints(output_dir):
+        assert {file.name for file in checkpoint.iterdir()} == expected, checkpoint
+        load_file(checkpoint / "trained.safetensors")
+        torch.load(checkpoint / "optimizer.bin")
+    return True
+
+
+# Killed
+
+
+@pytest.mark.parametrize(
+    ("function", "number", "kept"),
+    [
+        # In the first step, and in the fourth after the losses of the third have been written.
+        (f"{FINETUNING}.models.batch_loss", 1, []),
+        (f"{FINETUNING}.models.batch_loss", 4, [2]),
+        # After the step, before its losses are written.
+        (f"{FINETUNING}.outputs.LossLog.write", 3, [2]),
+        # While the checkpoint of the fourth step is written: before its first file, and when only state.json lacks.
+        (f"{FINETUNING}.checkpoints.save_file", 2, [2]),
+        ("pathlib.Path.write_text", 3, [2]),
+        # When it is whole, but for its name; before the older one is removed, and when half of that is done.
+        ("pathlib.Path.rename", 2, [2]),
+        ("pathlib.Path.rename", 3, [2, 4]),
+        ("os.unlink", 3, [4]),
+        # After the last checkpoint: before the pipeline is written, and when half of it is in its place.
+        ("diffusers_iedit.IEditPipeline.save_pretrained", 1, [4]),
+        ("pathlib.Path.replace", 5, [4]),
+    ],
+)
+def test_a_training_that_was_killed_goes_on_to_the_same_weights(
+    context, tmp_path, pairs, base, plain, function, number, kept
+):
+    output_dir = tmp_path / "model"
+    options = ("--checkpointing_steps", 2, "--checkpoints_total_limit", 1)
+    process = start(
+        context, arguments(pairs, base, output_dir, *options), tmp_path / "log", function=function, number=number
+    )
+    assert finish(process) == -signal.SIGKILL
+    assert not (output_dir / "model_index.json").exists()
+    assert all_complete(output_dir, plain)
+    assert [checkpoint.name for checkpoint in list_checkpoints(output_dir)] == [f"checkpoint-{step}" for step in kept]
+
+    train(arguments(pairs, base, output_dir, *options, *RESUME))
+    assert same_end(output_dir, plain)
+
+
+def states(argv, output_dir, folder):
+    """Trains, and copies all files at each moment that changes them: what a kill would leave then."""
+    copies = []
+
+    def copied(function):
+        def first_copies(*args, **kwargs):
+            if output_dir.exists():
+                copies.append(Path(shutil.copytree(output_dir, folder / str(len(copies)) / "model")))
+            return function(*args, **kwargs)
+
+        return first_copies
+
+    functions = ("os.unlink", "os.rename", "os.replace", "os.mkdir", "torch.save", "pathlib.Path.write_text")
+    functions += (f"{FINETUNING}.checkpoints.save_file", f"{FINETUNING}.outputs.LossLog.write")
+    patches = [mock.patch(name, copied(small_pairs.pkgutil.resolve_name(name))) for name in functions]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        train(argv)
+    return copies
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True])
+def test_a_training_that_was_killed_at_any_change_of_its_files_goes_on(tmp_path, pairs, base, plain, again):
+    output_dir = tmp_path / "model"
+    options = ("--checkpointing_steps", 2, "--checkpoints_total_limit", 1, "--num_validation_pairs", 1)
+    options += ("--validation_steps", 2, "--num_inference_steps", 2, *RESUME)
+    if again:
+        # From an earlier checkpoint than the newest, which so is written a second time.
+        shutil.copytree(plain, output_dir)
+        options = (*options[:-1], "checkpoint-2")
+    copies = states(arguments(pairs, base, output_dir, *options), output_dir, tmp_path)
+    assert len(copies) > 40
+    for copy in copies:
+        assert all_complete(copy, plain)
+        train(arguments(pairs, base, copy, *options[:-1], "latest"))
+        assert same_end(copy, plain)
+        shutil.rmtree(copy)
+
+
+VARIANTS = {
+    "epochs": (),
+    "EMA": ("--use_ema", "--ema_decay", 0.5),
+    "LoRA": ("--lora_rank", 2, "--train_blocks", "attention"),
+    "crop and flip": ("--random_crop", "--random_flip", "--caption_dropout", 0.5, "--dataloader_num_workers", 2),
+    "cache": ("--cache_latents", "--random_flip"),
+    "accumulation": ("--train_batch_size", 1, "--gradient_accumulation_steps", 2),
+    "schedule": ("--lr_scheduler", "cosine", "--lr_warmup_steps", 1),
+    "bf16": ("--mixed_precision", "bf16"),
+    "validation": ("--num_validation_pairs", 1, "--validation_steps", 1, "--num_inference_steps", 2),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_training_that_broke_off_goes_on_to_the_same_weights_with(tmp_path, base, variant):
+    # Of three pairs, four steps of two see each more than twice.
+    pairs = write_pairs(tmp_path / "pairs", make_rows(3))
+    options = ("--loss", "global+paired", "--checkpointing_steps", 2, *VARIANTS[variant])
+    train(arguments(pairs, base, tmp_path / "undisturbed", *options))
+
+    def broken():
+        raise KeyboardInterrupt
+
+    step = 7 if variant == "accumulation" else 4
+    with calling("small_pairs.train_iedit.batch_loss", step, broken), pytest.raises(KeyboardInterrupt):
+        train(arguments(pairs, base, tmp_path / "model", *options))
+    assert [line["step"] for line in losses(tmp_path / "model")] == [1, 2, 3]
+    train(arguments(pairs, base, tmp_path / "model", *options, *RESUME))
+    assert same_end(tmp_path / "model", tmp_path / "undisturbed")
+
+
+def test_a_finished_training_can_be_made_longer(tmp_path, pairs, base, plain):
+    train(arguments(pairs, base, tmp_path / "model", "--max_train_steps", 2, "--checkpointing_steps", 2))
+    train(arguments(pairs, base, tmp_path / "model", *RESUME))
+    assert same_end(tmp_path / "model", plain)
+
+
+def test_resuming_a_finished_training_leaves_it_as_it_was(tmp_path, pairs, base, plain):
+    shutil.copytree(plain, tmp_path / "model")
+    train(arguments(pairs, base, tmp_path / "model", *RESUME))
+    assert same_end(tmp_path / "model", plain)
+
+
+def test_a_training_goes_on_from_an_earlier_checkpoint_if_asked_to(tmp_path, pairs, base, plain):
+    shutil.copytree(plain, tmp_path / "model")
+    train(arguments(pairs, base, tmp_path / "model", "--resume_from_checkpoint", "checkpoint-1"))
+    assert same_end(tmp_path / "model", plain)
+
+
+def test_latest_begins_anew_where_there_is_no_checkpoint(tmp_path, pairs, base, plain):
+    train(arguments(pairs, base, tmp_path / "model", *RESUME))
+    assert same_end(tmp_path / "model", plain)
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_at_random_again_and_again_comes_to_the_same_weights(context, tmp_path):
+    pairs, seed = write_pairs(tmp_path / "pairs", make_rows()), time.time_ns()
+    options = ("--max_train_steps", 30, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--use_ema")
+    options += ("--resolution", 64, "--cache_latents", "--random_flip", "--dataloader_num_workers", 2, *RESUME)
+    options += ("--num_validation_pairs", 1, "--validation_steps", 4, "--num_inference_steps", 2)
+    train(arguments(pairs, "mini", tmp_path / "undisturbed", *options))
+
+    rng, kills = random.Random(seed), 0
+    while not (tmp_path / "model/README.md").exists():
+        process = start(context, arguments(pairs, "mini", tmp_path / "model", *options), tmp_path / "log")
+        # A little longer each time, so that it comes to an end.
+        process.join(rng.uniform(2, 8 + kills))
+        if process.is_alive():
+            process.kill()
+            kills += 1
+        process.join()
+    assert kills > 2, f"seed {seed}"
+    train(arguments(pairs, "mini", tmp_path / "model", *options))
+    assert same_end(tmp_path / "model", tmp_path / "undisturbed"), f"seed {seed}"
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path, pairs, base):
+    options = ("--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--max_train_steps", 11, "--loss", "ldm")
+    train(arguments(pairs, base, tmp_path / "model", *options))
+    # By number: as words, 9 comes after 11.
+    assert [path.name for path in list_checkpoints(tmp_path / "model")] == ["checkpoint-10", "checkpoint-11"]
+
+
+def test_a_line_of_losses_that_was_cut_off_does_not_count(tmp_path):
+    file, columns = tmp_path / "losses.csv", ["step", "loss", "learning_rate"]
+    log = LossLog(file, columns, 0)
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": step / 7, "learning_rate": 1.25e-05})
+    rows, content = log.read(), file.read_bytes()
+    assert rows == [{"step": step, "loss": step / 7, "learning_rate": 1.25e-05} for step in (1, 2, 3)]
+    for cut in range(content.index(b"\n3,") + 1, len(content)):
+        file.write_bytes(content[:cut])
+        log = LossLog(file, columns, 2)
+        assert log.read() == rows[:2]
+        log.write(rows[2])
+        assert log.read() == rows
+
+
+# Told to stop
+
+
+@pytest.mark.parametrize("to_all", [False, True])
+def test_sigterm_saves_and_ends_well_and_the_training_goes_on(context, tmp_path, pairs, base, plain, to_all):
+    output_dir, log = tmp_path / "model", tmp_path / "log"
+    argv = arguments(pairs, base, output_dir, "--dataloader_num_workers", 2)
+    signals = {"function": f"{FINETUNING}.models.batch_loss", "number": 2, "signum": signal.SIGTERM}
+    assert finish(start(context, argv, log, **signals, to_all=to_all)) == 0
+    printed = log.read_text()
+    (step,) = re.findall(r"Stopped by SIGTERM after step (\d);", printed)
+    assert "Traceback" not in printed
+    assert "rror" not in printed
+    assert [path.name for path in list_checkpoints(output_dir)] == [f"checkpoint-{step}"]
+    assert int(step) < 4
+    assert all_complete(output_dir, plain)
+    assert not (output_dir / "model_index.json").exists()
+
+    train([*argv, *RESUME])
+    assert same_end(output_dir, plain)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_ends_the_command_at_once_with_one_line(context, tmp_path, base, workers):
+    rows = make_rows()
+    rows[10]["source_mask"] = Image.new("L", (64, 64))
+    argv = arguments(write_pairs(tmp_path / "pairs", rows), base, tmp_path / "model", "--max_train_steps", 6)
+    process = start(context, [*argv, "--dataloader_num_workers", str(workers)], tmp_path / "log")
+    began = time.monotonic()
+    assert finish(process) == 1
+    assert time.monotonic() - began < 60
+    printed = (tmp_path / "log").read_text()
+    assert printed.endswith(
+        "train_iedit.py: error: Row 10 of the pairs: `source_mask` is black: it marks nothing to edit.\n"
+    )
+    assert "Traceback" not in printed
+
+
+# No numbers any more
+
+
+def without_a_number(step, how):
+    """The loss of a step, or only its gradient, is no number."""
+    original, seen = small_pairs.train_iedit.batch_loss, 0
+
+    def faulty(*args, **kwargs):
+        nonlocal seen
+        seen += 1
+        loss, terms = original(*args, **kwargs)
+        if seen == step:
+            if how == "loss":
+                terms["perc"] = terms["perc"] * torch.tensor([1.0, float("nan")])
+                loss = loss + terms["perc"]
+            else:
+                loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss, terms
+
+    return mock.patch("small_pairs.train_iedit.batch_loss", faulty)
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_stops_with_step_terms_and_rows(tmp_path, pairs, base, plain, how):
+    output_dir = tmp_path / "model"
+    argv = arguments(pairs, base, output_dir, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
+    with without_a_number(3, how), pytest.raises(FloatingPointError) as error:
+        train(argv)
+    first, *lines = str(error.value).splitlines()
+    assert "step 3" in first
+    order = np.random.default_rng([0, 0]).permutation(12)
+    assert [re.match(r"  row (\d+): ", line)[1] for line in lines] == [str(row) for row in order[4:6]]
+    for line in lines:
+        assert re.fullmatch(r"  row \d+: loss \S+, loc \S+, global \S+, mask \S+, perc \S+", line)
+    if how == "loss":
+        assert "nan" not in lines[0]
+        assert re.search("loss nan.* perc nan", lines[1])
+
+    # The last good checkpoint is there, and leads on.
+    assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-2"]
+    assert not (output_dir / "model_index.json").exists()
+    train([*argv, *RESUME])
+    assert same_end(output_dir, plain)
+
+
+def test_a_base_with_a_weight_that_is_no_number_stops_in_the_first_step(tmp_path, pairs, base):
+    broken = Path(shutil.copytree(base, tmp_path / "base"))
+    weights = unet(broken)
+    weights["conv_out.bias"][0] = float("nan")
+    save_file(weights, broken / UNET)
+    with pytest.raises(SystemExit) as end:
+        command(arguments(pairs, broken, tmp_path / "model", "--checkpointing_steps", 1))
+    assert re.match(r"train_iedit\.py: error: The loss of step 1\b.*\n  row \d+: loss nan", end.value.code)
+    assert list_checkpoints(tmp_path / "model") == []
+
+
+# Out of disk
+
+
+def size_of(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def resize(disk, size):
+    subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole_and_the_training_goes_on(
+    small_disk, tmp_path, pairs, base, plain
+):
+    output_dir = small_disk / "model"
+    argv = arguments(pairs, base, output_dir, "--checkpointing_steps", 1)
+    resize(small_disk, int(1.5 * size_of(plain / "checkpoint-1")) + 100_000)
+    with pytest.raises(SystemExit) as end:
+        command(argv)
+    said = end.value.code.removeprefix("train_iedit.py: error: ")
+    assert said.startswith(f"The checkpoint of step 2 could not be written to {output_dir}, which had 0 MiB free: ")
+    assert said.endswith(" checkpoint-1 is complete; --resume_from_checkpoint latest goes on from it.")
+    assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-1"]
+    assert all_complete(output_dir, plain)
+    assert not [file for file in output_dir.iterdir() if "partial" in file.name]
+
+    resize(small_disk, 4 * size_of(plain))
+    train([*argv, *RESUME])
+    assert same_end(output_dir, plain)
+
+
+def test_a_full_disk_at_the_end_leaves_the_checkpoints_whole_and_no_half_model(
+    small_disk, tmp_path, pairs, base, plain
+):
+    output_dir = small_disk / "model"
+    argv = arguments(pairs, base, output_dir, "--checkpointing_steps", 4)
+    resize(small_disk, size_of(plain / "checkpoint-4") + size_of(plain / "unet") // 2 + 100_000)
+    with pytest.raises(SystemExit) as end:
+        command(argv)
+    assert end.value.code.startswith(f"train_iedit.py: error: The pipeline could not be written to {output_dir}")
+    assert all_complete(output_dir, plain)
+    assert sorted(path.name for path in output_dir.iterdir()) == ["checkpoint-4", "losses.csv", "training_args.json"]
+
+    resize(small_disk, 4 * size_of(plain))
+    train([*argv, *RESUME])
+    assert same_end(output_dir, plain)
+
+
+# Several processes
+
+
+def launch(context, argv, log, **signals):
+    """The command as `accelerate launch` starts it, in two processes; `signals` go to the second one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    launched = []
+    for rank in ("0", "1"):
+        environment = world | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
+        launched.append(start(context, argv, log, environment, **(signals if rank == "1" else {})))
+    return [finish(process) for process in launched]
+
+
+def test_two_processes_are_one_with_twice_the_batch(context, tmp_path, pairs, base, plain):
+    output_dir = tmp_path / "model"
+    options = ("--train_batch_size", 1, "--num_validation_pairs", 3, "--num_inference_steps", 2)
+    assert launch(context, arguments(pairs, base, output_dir, *options), tmp_path / "log") == [0, 0]
+    assert close(output_dir, plain, base)
+    # All three pairs are shown, though one process has two of them and the other one.
+    train(arguments(pairs, base, tmp_path / "alone", "--num_validation_pairs", 3, "--num_inference_steps", 2))
+    grids = [
+        np.asarray(Image.open(folder / "images/step-000004.png")).astype(int)
+        for folder in (output_dir, tmp_path / "alone")
+    ]
+    assert grids[0].shape == (3 * 32, 5 * 32, 3)
+    assert np.abs(grids[0] - grids[1]).max() <= 2
+    printed = (tmp_path / "log").read_text()
+    assert "Traceback" not in printed
+    IEditPipeline.from_pretrained(output_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--train_blocks", "all", "--use_ema"),
+        ("--lora_rank", 2),
+        ("--cache_latents", "--random_flip"),
+        ("--lr_scheduler", "linear", "--lr_warmup_steps", 2),
+        ("--gradient_checkpointing", "--dataloader_num_workers", 2),
+        (
+            "--num_validation_pairs",
+            1,
+            "--num_inference_steps",
+            2,
+            "--validation_steps",
+            1,
+            "--report_to",
+            "tensorboard",
+        ),
+    ],
+)
+def test_two_processes_are_one_with_twice_the_batch_with(context, tmp_path, pairs, base, options):
+    argv = arguments(pairs, base, tmp_path / "model", "--train_batch_size", 1, *options)
+    assert launch(context, argv, tmp_path / "log") == [0, 0]
+    train(arguments(pairs, base, tmp_path / "alone", *options))
+    assert close(tmp_path / "model", tmp_path / "alone", base)
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_told_to_stop_both_stop_and_go_on(context, tmp_path, pairs, base, plain):
+    output_dir, log = tmp_path / "model", tmp_path / "log"
+    argv = arguments(pairs, base, output_dir, "--train_batch_size", 1, "--random_flip")
+    assert launch(context, argv, log, function=f"{FINETUNING}.models.batch_loss", number=2, signum=signal.SIGTERM) == [
+        0,
+        0,
+    ]
+    (checkpoint,) = list_checkpoints(output_dir)
+    assert checkpoint.name in ("checkpoint-2", "checkpoint-3")
+    assert launch(context, [*argv, *RESUME], log) == [0, 0]
+    undisturbed = arguments(pairs, base, tmp_path / "undisturbed", "--train_batch_size", 1, "--random_flip")
+    assert launch(context, undisturbed, log) == [0, 0]
+    assert same_end(output_dir, tmp_path / "undisturbed")
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_killed_do_not_hang_and_go_on(context, tmp_path, pairs, base):
+    output_dir, log = tmp_path / "model", tmp_path / "log"
+    argv = arguments(pairs, base, output_dir, "--train_batch_size", 1, "--checkpointing_steps", 1)
+    codes = launch(context, argv, log, function=f"{FINETUNING}.models.batch_loss", number=3)
+    assert codes == [1, -signal.SIGKILL]
+    assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-1", "checkpoint-2"]
+    assert launch(context, [*argv, *RESUME], log) == [0, 0]
+    assert launch(context, arguments(pairs, base, tmp_path / "undisturbed", "--train_batch_size", 1), log) == [0, 0]
+    assert same_end(output_dir, tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", [("--loss", "style"), ("--resolution", 33), ("--train_split", "test")])
+def test_two_processes_end_with_an_error_and_none_hangs(context, tmp_path, pairs, base, bad):
+    codes = launch(context, arguments(pairs, base, tmp_path / "model", *bad), tmp_path / "log")
+    assert set(codes) <= {1, 2}
+    assert "Traceback" not in (tmp_path / "log").read_text()
