@@ -114,3 +114,50 @@ def test_computed_memory_counts_every_tensor_once(train_step):
         parts = [memory[f"computed_{part}_mib"] for part in ("weights", "adam", "rest")]
         assert sum(parts) == pytest.approx(memory["computed_peak_mib"])
     assert plain["computed_rest_mib"] < checkpointing["computed_rest_mib"] < eq_12["computed_rest_mib"]
+
+
+# The tables
+
+
+@pytest.fixture
+def tables():
+    return importlib.import_module("tables")
+
+
+@pytest.mark.parametrize("part", ["shipped", "trained"])
+def test_the_tables_are_those_of_the_results_beside_them(tables, part):
+    results = json.loads((tables.HERE / f"{part}.json").read_text())
+    written = {
+        "shipped": lambda: ("table-1", tables.write_table_1(results)),
+        "trained": lambda: ("table-2", tables.write_table_2(results, tables.row_variants(Path("outputs/mini")))),
+    }
+    name, text = written[part]()
+    assert (tables.HERE / f"{name}.md").read_text() == text.lstrip() + "\n"
+    assert text.strip() in (BENCHMARKS / "README.md").read_text()
+
+
+def test_the_results_were_taken_with_the_settings_that_were_chosen(tables):
+    chosen = json.loads((tables.HERE / "settings.json").read_text())
+    for part in ("shipped", "trained"):
+        results = json.loads((tables.HERE / f"{part}.json").read_text())
+        settings = results["settings"]
+        found = [settings[name] for name in ("strength", "guidance_scale", "num_inference_steps", "mask_dilation")]
+        assert found == list(chosen.values())
+        assert (settings["num_examples"], len(results["examples"])) == (None, 320)
+
+
+def test_each_row_of_table_2_has_three_seeds(tables):
+    results = json.loads((tables.HERE / "trained.json").read_text())
+    rows = tables.row_variants(Path("outputs/mini"))
+    assert len(rows) == 5
+    for variants in rows.values():
+        assert len(set(variants)) == 3
+        assert set(variants) <= results["variants"].keys()
+
+
+def test_one_row_s_seeds_are_averaged_example_by_example(tables):
+    examples = [
+        {"results": {"a": {"success": 0.0}, "b": {"success": 1.0}}},
+        {"results": {"a": {"success": 1.0}, "b": {"success": 1.0}}},
+    ]
+    assert tables.over_seeds({"examples": examples}, ["a", "b"], "success").tolist() == [0.5, 1.0]

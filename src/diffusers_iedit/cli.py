@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import gc
 import logging
@@ -71,6 +72,10 @@ class UserError(Exception):
     """A mistake of the user's: `main` prints its message as one line and exits with 2."""
 
 
+class FailedEditsError(Exception):
+    """Some edits of an evaluation failed, and all others are there: `main` prints its message and exits with 1."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -90,12 +95,13 @@ def _number(kind: type, condition: str, holds: Callable[[float], bool]) -> Calla
 
 
 _COUNT = _number(int, "at least 1", lambda count: count >= 1)
+_STRENGTH = _number(float, "above 0 and at most 1", lambda s: 0 < s <= 1)
 _PIXELS = _number(int, "at least 0", lambda pixels: pixels >= 0)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="iedit", description="Change one thing in a picture and keep the rest.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{edit,mask}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{edit,mask,evaluate}")
 
     # Options left out are left out of the namespace too, which leaves their defaults to the pipeline.
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -134,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_mask_prompts(where)
     edit.add_argument(
         "--strength",
-        type=_number(float, "above 0 and at most 1", lambda s: 0 < s <= 1),
+        type=_STRENGTH,
         metavar="S",
         help="how far to go from the source (default: 0.7)",
     )
@@ -181,6 +187,54 @@ def build_parser() -> argparse.ArgumentParser:
     _add_mask_prompts(where)
     mask.add_argument("--prompt", metavar="TEXT", help="the edit prompt that --source-prompt is compared with")
     mask.set_defaults(run=_mask)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        argument_default=argparse.SUPPRESS,
+        help="measure how well methods change what was asked and keep the rest",
+    )
+
+    def add(name: str, **options):
+        # With underscores too, as the training scripts have it.
+        evaluate.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}")), **options)
+
+    def words(text: str) -> list[str]:
+        return [word for word in text.split(",") if word]
+
+    def numbers(text: str) -> list[float]:
+        return [_STRENGTH(word) for word in words(text)]
+
+    def networks(text: str) -> dict[str, str]:
+        return dict(word.split("=", 1) for word in words(text))
+
+    add("data", required=True, metavar="SET", help="mini, pie-bench:DIR, or a set of pairs: a folder or a Hub id")
+    add("output-dir", required=True, type=Path, metavar="DIR", help="where results.json, results.md, index.html go")
+    add("model", default=DEFAULT_MODEL, metavar="NAME", help="the fine-tuned model (default: %(default)s)")
+    add("base-model", metavar="NAME", help=f"what it was fine-tuned from (default: {DEFAULT_MODEL}; mini's for mini)")
+    add("instruct-model", metavar="NAME", help="an InstructPix2Pix model, for instruct-pix2pix")
+    add(
+        "methods",
+        type=words,
+        default=words("sdedit,sdedit-m,iedit,iedit-m"),
+        metavar="NAMES",
+        help="joined by commas: sdedit, sdedit-m, sdedit-given, iedit, iedit-m, iedit-given, blended, inpaint,"
+        " instruct-pix2pix, or module:Class; NAME@SETTING=VALUE changes a setting for one of them; differences are"
+        " taken from the first (default: sdedit,sdedit-m,iedit,iedit-m)",
+    )
+    add("split", metavar="NAME", help="of the data")
+    add("num-examples", type=_COUNT, metavar="N", help="take only the first of each group")
+    add("strength", type=_STRENGTH, metavar="S", help="of all methods (default: 0.7)")
+    add("guidance-scale", type=float, metavar="G", help="of all methods (default: 7.5)")
+    add("steps", dest="num_inference_steps", type=_COUNT, metavar="N", help="at strength 1 (default: 50)")
+    add("mask-dilation", type=_PIXELS, metavar="PX", help="grow the masks by this much (default: 0)")
+    add("strengths", type=numbers, metavar="S,S", help="for trade-off curves")
+    add("num-curve-examples", type=_COUNT, metavar="N", help="take only the first of each group for the curves")
+    add("metrics", type=words, metavar="NAMES", help="joined by commas (default: all that are possible)")
+    add("networks", type=networks, metavar="PART=NAME", help="of the metrics: clip, fid, lpips, dino")
+    add("seed", type=_number(int, "in [0, 2**63)", lambda seed: 0 <= seed < 2**63), metavar="K", help="of the noise")
+    add("batch-size", type=_COUNT, metavar="N", help="pictures that are edited together (default: 8)")
+    add("dtype", choices=("float32", "float16", "bfloat16"), help="of the models (default: float32)")
+    evaluate.set_defaults(run=_evaluate)
     return parser
 
 
@@ -416,16 +470,53 @@ def _mask(args: argparse.Namespace) -> tuple[str, str]:
     return str(path), ""
 
 
+def _evaluate(args: argparse.Namespace) -> tuple[str, str]:
+    """Evaluate methods. Returns as `_edit` does."""
+    _import_libraries()
+    try:
+        import torch
+
+        from .evaluation.methods import Settings
+        from .evaluation.runner import evaluate
+    except ImportError as error:
+        raise UserError(f'{error}: pip install "diffusers-iedit[eval]"') from error
+
+    given = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
+    names = {field.name for field in dataclasses.fields(Settings)}
+    settings = {name: given.pop(name) for name in names & given.keys()}
+    settings.setdefault("base_model", "mini-base" if args.model == "mini" else DEFAULT_MODEL)
+    if "dtype" in given:
+        given["dtype"] = getattr(torch, args.dtype)
+    try:
+        results = evaluate(settings=Settings(**settings), **given)
+    except (ValueError, OSError) as error:
+        raise UserError(error) from error
+    failed = [
+        f"{example['key']} by {variant}"
+        for example in results.get("examples", ())
+        for variant, found in example["results"].items()
+        if "error" in found
+    ]
+    if failed:
+        raise FailedEditsError(
+            f"{len(failed)} edits failed, see {args.output_dir / 'results.md'}: {', '.join(failed[:3])}"
+        )
+    return str(args.output_dir / "index.html"), ""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run `iedit` with `argv` (default: the process's). Returns the exit code: 0 done, 2 the user's mistake."""
+    """Run `iedit` with `argv` (default: the process's).
+
+    Returns the exit code: 0 done, 1 done but for some edits that failed, 2 the user's mistake.
+    """
     start = time.perf_counter()
     args = build_parser().parse_args(argv)
     try:
         where, details = args.run(args)
-    except UserError as error:
+    except (UserError, FailedEditsError) as error:
         message = " ".join(str(error).split())
         print(f"iedit {args.command}: error: {message}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FailedEditsError) else 2
     except KeyboardInterrupt:
         print(f"iedit {args.command}: interrupted", file=sys.stderr)
         return 130

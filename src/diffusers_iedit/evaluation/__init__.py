@@ -1,1 +1,1 @@
-"""How good edits are (Sec. 4.1 of the paper): `metrics.py`."""
+"""How good edits are (Sec. 4): `runner.evaluate` edits, measures and reports; `methods.Method` is one way to edit."""

@@ -1,0 +1,387 @@
+"""The examples that methods are measured on: a set of pairs, PIE-Bench's own folder, or the mini benchmark."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from .. import mini
+from ..masking_iedit import difference_term
+from ..pairs.schema import load_pairs
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture and one edit that is asked for.
+
+    Args:
+        key (`str`): Unique in its set, and fit for a file's name.
+        group (`str`): What it is averaged with: "real" or "generated", a PIE-Bench editing type, or "all".
+        image (`PIL.Image.Image`): The source x_1, RGB.
+        mask (`PIL.Image.Image`): Where the edit belongs: mode L, 255 = edit, as large as `image`.
+        source_caption, edit_prompt (`str`): y_1 and y_2.
+        source_term, target_term (`str`, *optional*): y_1^diff and y_2^diff: what the edit replaces, and by what.
+        instruction (`str`): The edit as a command, for methods that take one.
+        target (`PIL.Image.Image`, *optional*): The true edited picture, where it is known.
+        target_mask (`PIL.Image.Image`, *optional*): The new thing's true mask in `target`.
+        thing (`tuple[str, str, str]`, *optional*): In the mini world, the noun, the colour and the scene that a right
+            edit shows.
+    """
+
+    key: str
+    group: str
+    image: Image.Image
+    mask: Image.Image
+    source_caption: str
+    edit_prompt: str
+    source_term: str | None
+    target_term: str | None
+    instruction: str
+    target: Image.Image | None = None
+    target_mask: Image.Image | None = None
+    thing: tuple[str, str, str] | None = None
+
+
+class Examples(Sequence[Example]):
+    """Examples that are read when they are asked for.
+
+    Args:
+        keys (`Sequence[str]`): The key of each example: known without reading any.
+        read (`Callable`): The example with a number.
+        fingerprint (`str`): SHA-256 of what the examples are read from, the same wherever it lies. Of PIE-Bench's
+            images it knows the sizes of their files alone.
+    """
+
+    def __init__(self, keys: Sequence[str], read: Callable[[int], Example], fingerprint: str):
+        self.keys = tuple(keys)
+        self.fingerprint = fingerprint
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index):
+        numbers = range(len(self))[index]
+        return [self._read(number) for number in numbers] if isinstance(index, slice) else self._read(numbers)
+
+
+def load_examples(source: str, split: str | None = None) -> Examples:
+    """Opens a set of examples; their pictures are read one by one, as they are asked for.
+
+    Args:
+        source (`str`): One of
+
+            - `"mini"`: the mini benchmark, `mini_benchmark`;
+            - `"pie-bench:DIR"`: PIE-Bench's own folder, `from_pie_bench`;
+            - a folder or a Hub id with the columns of [`~diffusers_iedit.pairs.FEATURES`], `from_pairs`.
+        split (`str`, *optional*): "test" (the default) or "choose" of the mini benchmark, or a split of the pairs
+            ("train" by default). PIE-Bench has none.
+
+    Returns:
+        [`Examples`]: A sequence of [`Example`] with the attributes `keys` and `fingerprint`.
+
+    Raises:
+        ValueError: If there is no such set or split, if it is empty, or if it lacks something that an example needs.
+            What is wrong with a picture or a mask is raised when its example is read, and names it.
+    """
+    if source == "mini":
+        return mini_benchmark(split or "test")
+    if source.startswith("pie-bench:"):
+        if split is not None:
+            raise ValueError(f"`split` has to be None for PIE-Bench, which has no splits, got {split!r}.")
+        return from_pie_bench(source.removeprefix("pie-bench:"))
+    return from_pairs(source, split or "train")
+
+
+def edit_instruction(source_term: str, target_term: str) -> str:
+    """The edit as a command: "turn the red car into a blue ball"."""
+    return f"turn the {source_term} into {'an' if target_term[0].lower() in 'aeiou' else 'a'} {target_term}"
+
+
+def _check_mask(mask: Image.Image, image: Image.Image, where: str) -> None:
+    if mask.mode != "L":
+        raise ValueError(f"{where}: the mask has to be 8-bit grey (PIL mode L, 255 = edit), but has mode {mask.mode}.")
+    if mask.size != image.size:
+        raise ValueError(
+            f"{where}: the mask is {mask.width} x {mask.height}, but the image is {image.width} x {image.height}."
+        )
+    if mask.getextrema()[1] < 128:
+        raise ValueError(f"{where}: the mask is black (255 = edit): it marks nothing to edit.")
+
+
+def from_pairs(source: str, split: str = "train") -> Examples:
+    """The examples of a set of pairs: its source images, and its source masks as the place of the edit.
+
+    Its targets are retrieved pictures that show something alike (Sec. 3.1), so no example has a true `target`.
+
+    Args:
+        source (`str`): A folder or a Hub id.
+        split (`str`, *optional*, defaults to `"train"`): The split.
+
+    Returns:
+        [`Examples`]: All in the group "all".
+
+    Raises:
+        ValueError: As for [`~diffusers_iedit.pairs.load_pairs`]; on reading an example, if its row is damaged or its
+            mask does not fit.
+    """
+    columns = ["source_image", "source_mask", "source_caption", "edit_prompt", "source_term", "target_term"]
+    encoded = load_pairs(source, split=split).select_columns(columns)
+    for name in ("source_image", "source_mask"):
+        encoded = encoded.cast_column(name, ImageFeature(decode=False))
+
+    content = hashlib.sha256()
+    for row in encoded:
+        for value in row.values():
+            if isinstance(value, dict):
+                value = value["bytes"] or Path(value["path"]).read_bytes()
+            # Each part is hashed by itself, so that nothing can move from one to the next unseen.
+            content.update(hashlib.sha256(value if isinstance(value, bytes) else str(value).encode()).digest())
+
+    keys = [f"pair-{number:06}" for number in range(len(encoded))]
+
+    def read(number: int) -> Example:
+        row, where = encoded[number], f"{source}, row {number}"
+        for name, value in row.items():
+            if not value:
+                raise ValueError(f"{where}: `{name}` is missing.")
+        try:
+            image, mask = (ImageFeature().decode_example(row[name]) for name in ("source_image", "source_mask"))
+        except Exception as error:
+            # Damaged files make PIL's decoders raise nearly anything.
+            raise ValueError(f"{where}: the image or its mask cannot be decoded: {error}") from error
+        _check_mask(mask, image, where)
+        return Example(
+            key=keys[number],
+            group="all",
+            image=image.convert("RGB"),
+            mask=mask,
+            instruction=edit_instruction(row["source_term"], row["target_term"]),
+            **{name: row[name] for name in ("source_caption", "edit_prompt", "source_term", "target_term")},
+        )
+
+    return Examples(keys, read, content.hexdigest())
+
+
+PIE_BENCH_SIZE = 512
+"""Height and width of PIE-Bench's images."""
+
+# By `editing_type_id`, as the folders of its images are called.
+_PIE_BENCH_TYPES = (
+    "random",
+    "change object",
+    "add object",
+    "delete object",
+    "change attribute content",
+    "change attribute pose",
+    "change attribute color",
+    "change attribute material",
+    "change background",
+    "change style",
+)
+
+_PIE_BENCH_TEXTS = ("image_path", "original_prompt", "editing_prompt", "editing_instruction", "editing_type_id")
+
+
+def decode_runs(runs: list[int]) -> np.ndarray:
+    """PIE-Bench's masks: runs [start, length, start, length, ...] of pixels to edit, row after row from the top left.
+
+    As in PIE-Bench's own evaluation (https://huggingface.co/papers/2310.01506), a run that goes beyond the last pixel
+    ends there, and all pixels of the border belong to the mask.
+
+    Args:
+        runs (`list[int]`): Starts from 0 and lengths, in pixels.
+
+    Returns:
+        `np.ndarray`: bool, shape (512, 512), True = edit.
+
+    Raises:
+        ValueError: If these are no such runs.
+    """
+    pixels = PIE_BENCH_SIZE**2
+    if not isinstance(runs, list) or len(runs) % 2 or not all(type(value) is int for value in runs):
+        raise ValueError("the mask has to be a list of integers [start, length, start, length, ...].")
+    mask = np.zeros(pixels, dtype=bool)
+    for start, length in zip(runs[::2], runs[1::2], strict=True):
+        if not 0 <= start < pixels or length < 0:
+            raise ValueError(f"the mask has a run of {length} pixels from {start}, in an image of {pixels} pixels.")
+        mask[start : start + length] = True
+    mask = mask.reshape(PIE_BENCH_SIZE, PIE_BENCH_SIZE)
+    mask[[0, -1]] = True
+    mask[:, [0, -1]] = True
+    return mask
+
+
+def _pie_bench_fault(key: str, entry: Any, images: Path) -> str | None:
+    if not re.fullmatch(r"[\w-][\w.-]*", key):
+        return "the key is no name for a file."
+    if not isinstance(entry, dict):
+        return f"the entry has to be an object, but is {entry!r}."
+    for name in _PIE_BENCH_TEXTS:
+        if not isinstance(entry.get(name), str):
+            return f"`{name}` is missing or no text."
+    if entry["editing_type_id"] not in map(str, range(len(_PIE_BENCH_TYPES))):
+        return f"`editing_type_id` has to be one of 0 to 9, but is {entry['editing_type_id']!r}."
+    if not (images / entry["image_path"]).is_file():
+        return f"there is no image {images / entry['image_path']}."
+    try:
+        decode_runs(entry.get("mask"))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def from_pie_bench(folder: str | Path) -> Examples:
+    """PIE-Bench (https://huggingface.co/papers/2310.01506) as it is handed out: 700 images, ten types of edits.
+
+    The folder holds `mapping_file.json` and, in `annotation_images`, the images. The prompts lose the brackets that
+    mark what changes. The terms are the words in which the prompts differ, an adjective with its noun; where they
+    differ in none that names a thing, the two of `blended_word`, if there are any.
+
+    Args:
+        folder (`str` or `Path`): PIE-Bench's folder, or another one in this format.
+
+    Returns:
+        [`Examples`]: In the groups "random", "change object" and so on, with PIE-Bench's instructions; true targets
+        do not exist.
+
+    Raises:
+        ValueError: If there is no mapping file, if it is empty, or if an entry lacks something: an image, a prompt, a
+            well-formed mask. On reading an example, if its image cannot be read or is not of 512 x 512 pixels.
+    """
+    file, images = Path(folder) / "mapping_file.json", Path(folder) / "annotation_images"
+    try:
+        text = file.read_bytes()
+        mapping = json.loads(text)
+    except OSError as error:
+        raise ValueError(f"{folder} is no PIE-Bench folder: no mapping_file.json can be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(mapping, dict) or not mapping:
+        raise ValueError(f"{file} has to be an object with at least one entry.")
+    for key, entry in mapping.items():
+        if fault := _pie_bench_fault(key, entry, images):
+            raise ValueError(f"{file}, entry {key!r}: {fault}")
+
+    sizes = [(images / entry["image_path"]).stat().st_size for entry in mapping.values()]
+    keys = list(mapping)
+
+    def read(number: int) -> Example:
+        entry, where = mapping[keys[number]], f"{file}, entry {keys[number]!r}"
+        try:
+            image = Image.open(images / entry["image_path"]).convert("RGB")
+        except Exception as error:
+            # Damaged files make PIL's decoders raise nearly anything.
+            raise ValueError(f"{where}: the image cannot be read: {error}") from error
+        mask = Image.fromarray(decode_runs(entry["mask"]).astype(np.uint8) * 255)
+        _check_mask(mask, image, where)
+        caption, prompt = (re.sub(r"[\[\]]", "", entry[name]) for name in ("original_prompt", "editing_prompt"))
+        blended = (entry.get("blended_word") or "").split()
+        blended = blended if len(blended) == 2 else [None, None]
+        return Example(
+            key=keys[number],
+            group=_PIE_BENCH_TYPES[int(entry["editing_type_id"])],
+            image=image,
+            mask=mask,
+            source_caption=caption,
+            edit_prompt=prompt,
+            source_term=difference_term(caption, prompt) or blended[0],
+            target_term=difference_term(prompt, caption) or blended[1],
+            instruction=entry["editing_instruction"],
+        )
+
+    return Examples(keys, read, hashlib.sha256(text + json.dumps(sizes).encode()).hexdigest())
+
+
+MINI_SPLITS = {"test": (140_000, 160), "choose": (150_000, 64)}
+"""First seed of `mini.render` and number of examples in each group: seeds that nothing else uses."""
+
+GENERATED_FILE = Path(mini.__file__).parent / "benchmark" / "generated.parquet"
+"""The generated half, which `training/mini/make_benchmark.py` writes."""
+
+
+def things_shown(number: int) -> int:
+    """How many things example `number` of a group shows: of four, the first two show one thing and the others two."""
+    return 1 + number // 2 % 2
+
+
+def ask_for_edit(scene: mini.Scene, number: int) -> mini.Scene:
+    """The true edit of example `number`: even ones swap the thing, odd ones the colour, for what is not there yet."""
+    if number % 2 == 0:
+        nouns = [noun for noun in mini.NOUNS if noun not in [thing.noun for thing in scene.things]]
+        return scene.swap(thing=nouns[number // 4 % len(nouns)])
+    colours = [colour for colour in mini.COLOURS if colour not in [thing.colour for thing in scene.things]]
+    return scene.swap(colour=colours[number // 4 % len(colours)])
+
+
+def mini_benchmark(split: str = "test") -> Examples:
+    """The mini benchmark: pictures of the mini world that show a combination which is in no training picture.
+
+    The group "real" is drawn, so its masks, true targets and their masks are exact. The group "generated" was sampled
+    by the mini latent diffusion model before its fine-tuning, as the paper's generated set (Sec. 4.1). No truth is
+    known of these: only samples were kept in which the judge sees what their caption says, there is no `target`, and
+    the mask is CLIPSeg's, where the paper's were drawn by hand. Kept were only masks in one piece that have about the
+    shape and size of the drawn thing.
+
+    Half of each group asks for another thing and half for another colour, half of either in pictures of two things.
+
+    Args:
+        split (`str`): "test" (160 examples a group), or "choose" (64 others, to choose settings on).
+
+    Returns:
+        [`Examples`]: First the real ones, then the generated ones.
+
+    Raises:
+        ValueError: If there is no such split.
+    """
+    if split not in MINI_SPLITS:
+        raise ValueError(f"`split` of the mini benchmark has to be one of {', '.join(MINI_SPLITS)}, got {split!r}.")
+    first_seed, count = MINI_SPLITS[split]
+    generated = pq.read_table(GENERATED_FILE, filters=[("split", "==", split)]).to_pylist()
+    scenes = [mini.render(first_seed + n, things=things_shown(n), split="held_out") for n in range(count)]
+    keys = [f"{group}-{number:04}" for group in ("real", "generated") for number in range(count)]
+
+    def read(number: int) -> Example:
+        if number < count:
+            source = scenes[number]
+            edited = ask_for_edit(source, number)
+            pictures = {
+                "image": source.image,
+                "mask": source.mask,
+                "target": edited.image,
+                "target_mask": edited.mask,
+            }
+            texts = {
+                "source_caption": source.caption,
+                "edit_prompt": edited.caption,
+                "source_term": source.thing.name,
+                "target_term": edited.thing.name,
+            }
+            thing = (edited.thing.noun, edited.thing.colour, edited.scene)
+        else:
+            row = generated[number - count]
+            pictures = {name: Image.open(io.BytesIO(row[name]["bytes"])) for name in ("image", "mask")}
+            texts = {name: row[name] for name in ("source_caption", "edit_prompt", "source_term", "target_term")}
+            thing = (row["noun"], row["colour"], row["scene"])
+        return Example(
+            key=keys[number],
+            group="real" if number < count else "generated",
+            instruction=edit_instruction(texts["source_term"], texts["target_term"]),
+            thing=thing,
+            **pictures,
+            **texts,
+        )
+
+    content = hashlib.sha256(GENERATED_FILE.read_bytes() + repr(scenes).encode())
+    return Examples(keys, read, content.hexdigest())

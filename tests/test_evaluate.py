@@ -1,0 +1,515 @@
+"""`iedit evaluate`: the methods, the noise that they share, and runs that are stopped, that fail or do not fit."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from PIL import Image
+from small_pairs import make_rows, write_pairs
+
+from diffusers_iedit import IEditPipeline
+from diffusers_iedit.cli import main
+from diffusers_iedit.evaluation.data import load_examples
+from diffusers_iedit.evaluation.methods import METHODS, Method, Models, Settings, parse_variant
+
+
+MINI = Settings(model="mini", base_model="mini-base", strength=0.5, guidance_scale=2.0, num_inference_steps=4)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return Models()
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return load_examples("mini", "choose")[:3]
+
+
+def edit(name, examples, models, seeds=None):
+    variant = parse_variant(name, MINI)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(examples))]
+    return variant.method_class(models)(examples, variant.settings, generators)
+
+
+def pixels(images):
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def outside(examples, images):
+    """The differences from the source outside the given masks."""
+    masks = np.stack([np.asarray(example.mask) for example in examples]) > 0
+    return np.abs(pixels(images) - pixels([example.image for example in examples]))[~masks]
+
+
+# Methods
+
+
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory):
+    components = tiny_models.sd_components(vae_scale_factor=4, in_channels=8)
+    folder = tmp_path_factory.mktemp("instruct") / "model"
+    pipe = StableDiffusionInstructPix2PixPipeline(**components)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "instruct-pix2pix"])
+def test_a_method_edits_pictures_alone_as_together(name, models, examples):
+    together = edit(name, examples, models)
+    assert [image.size for image in together] == [(64, 64)] * 3
+    assert np.abs(pixels(together) - pixels([example.image for example in examples])).max() > 30
+    alone = edit(name, examples[1:2], models, seeds=[1])
+    assert np.abs(pixels(alone) - pixels(together[1:2])).max() <= 2
+
+
+def test_without_fine_tuning_and_mask_iedit_is_sdedit_with_the_same_noise(models, examples):
+    sdedit, iedit = edit("sdedit", examples, models), edit("iedit@model=mini-base", examples, models)
+    assert np.abs(pixels(sdedit) - pixels(iedit)).max() <= 1
+    assert np.abs(pixels(sdedit) - pixels(edit("iedit", examples, models))).max() > 10
+
+
+def test_blended_diffusion_is_eq_13_with_the_base_but_for_the_pixels_outside(models, examples):
+    blended, ours = edit("blended", examples, models), edit("sdedit-given", examples, models)
+    masks = np.stack([np.asarray(example.mask) for example in examples]) > 0
+    # Where the edge of a latent is not the edge of a pixel, the two differ.
+    assert np.median(np.abs(pixels(blended) - pixels(ours))[masks]) <= 2
+    assert outside(examples, ours).max() == 0
+    assert outside(examples, blended).max() > 0
+
+
+@pytest.mark.parametrize("name", ["sdedit-m", "iedit-m"])
+def test_a_predicted_mask_keeps_pixels_and_a_dilated_one_fewer(name, models, examples):
+    def kept(images):
+        return (np.abs(pixels(images) - pixels([example.image for example in examples])).max(-1) == 0).mean()
+
+    assert kept(edit(name, examples, models)) > kept(edit(f"{name}@mask_dilation=6", examples, models)) > 0.2
+
+
+def test_without_a_term_an_edit_with_a_predicted_mask_goes_without_one(models, examples):
+    nameless = [
+        example.__class__(**{**vars(example), "source_term": None if number == 1 else example.source_term})
+        for number, example in enumerate(examples)
+    ]
+    found, masked, plain = (
+        edit(*what, models) for what in (("iedit-m", nameless), ("iedit-m", examples), ("iedit", examples))
+    )
+    assert np.abs(pixels(found)[1] - pixels(plain)[1]).max() <= 2
+    assert np.abs(pixels(found)[[0, 2]] - pixels(masked)[[0, 2]]).max() <= 2
+
+
+def test_inpainting_from_noise_forgets_what_was_in_the_mask(models, examples):
+    black = [
+        example.__class__(
+            **{**vars(example), "image": Image.composite(Image.new("RGB", (64, 64)), example.image, example.mask)}
+        )
+        for example in examples
+    ]
+    masks = np.stack([np.asarray(example.mask) for example in examples]) > 0
+
+    def differences(name):
+        return np.abs(pixels(edit(name, examples, models)) - pixels(edit(name, black, models)))[masks].mean()
+
+    assert differences("inpaint") < 0.5 * differences("blended")
+
+
+def test_instruct_pix2pix_follows_the_instruction(models, examples, instruct):
+    name = f"instruct-pix2pix@instruct_model={instruct}"
+    other = [example.__class__(**{**vars(example), "edit_prompt": "a hat"}) for example in examples]
+    instructed = [example.__class__(**{**vars(example), "instruction": "remove all"}) for example in examples]
+    found = pixels(edit(name, examples, models))
+    assert found.shape == (3, 64, 64, 3)
+    np.testing.assert_array_equal(found, pixels(edit(name, other, models)))
+    assert np.any(found != pixels(edit(name, instructed, models)))
+
+
+def test_a_picture_of_any_size_comes_back_in_its_size(models, examples):
+    wide = [
+        example.__class__(**{**vars(example), "image": example.image.resize((83, 70))}) for example in examples[:1]
+    ]
+    wide = [example.__class__(**{**vars(example), "mask": example.mask.resize((83, 70))}) for example in wide]
+    for name in ("sdedit", "blended", "iedit-m"):
+        assert [image.size for image in edit(name, wide, models)] == [(83, 70)]
+
+
+def test_a_scheduler_and_a_number_of_steps_can_be_set_for_a_variant(models, examples):
+    plain = pixels(edit("iedit", examples, models))
+    for name in ("iedit@scheduler=EulerDiscreteScheduler", "iedit@num_inference_steps=8"):
+        assert np.abs(plain - pixels(edit(name, examples, models))).max() > 5
+    np.testing.assert_array_equal(plain, pixels(edit("iedit", examples, models)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dall-e", "There is no method 'dall-e'. There are sdedit, .*, and module:Class."),
+        ("iedit@colour=red", ".*there is no setting 'colour'. There are model, .*"),
+        ("iedit@strength=much", ".*strength has to be a float, got 'much'."),
+        ("iedit@strength=0", "`strength` has to be above 0 and at most 1, got 0.0."),
+        ("iedit@num_inference_steps=0", "`num_inference_steps` has to be 1 or more, got 0."),
+        ("iedit@mask_dilation=-1", "`mask_dilation` has to be 0 or more, got -1."),
+        ("iedit@scheduler=Nonsense", "`scheduler` has to be the name of a class of diffusers, got 'Nonsense'."),
+        ("instruct-pix2pix", "The method 'instruct-pix2pix' needs `instruct_model`, which was not given."),
+        ("no_such_module:Method", "The method 'no_such_module:Method' cannot be imported: .*"),
+        ("pathlib:Path", "'pathlib:Path' has to be a subclass of .*Method."),
+    ],
+)
+def test_a_bad_variant_is_named_with_what_there_is(name, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        parse_variant(name, MINI)
+
+
+def test_variants_have_folders_of_their_own():
+    names = [
+        "iedit",
+        "iedit@strength=0.3",
+        "iedit@strength=0.30",
+        "iedit@model=a/b",
+        "iedit@model=a-b",
+        "iedit-strength-0.3x",
+    ]
+    slugs = [parse_variant(name, MINI).slug for name in names if name != "iedit-strength-0.3x"]
+    assert len(set(slugs)) == 5
+    assert all(Path(slug).name == slug for slug in slugs)
+
+
+# A whole evaluation
+
+
+class Sources(Method):
+    """Gives the sources back: a method of a user's own. It fails, or gives nonsense, for the prompts named here."""
+
+    title = "Sources"
+    fails: set[str] = set()
+    gives = None
+
+    def __call__(self, examples, settings, generators):
+        if any(example.edit_prompt in self.fails for example in examples):
+            raise RuntimeError("no idea what this\nmeans")
+        if self.gives is not None:
+            return [self.gives] * len(examples)
+        return [example.image for example in examples]
+
+
+ARGUMENTS = (
+    "--data",
+    "mini",
+    "--model",
+    "mini",
+    "--split",
+    "choose",
+    "--num-examples",
+    "3",
+    "--steps",
+    "4",
+    "--batch-size",
+    "2",
+)
+
+
+def run(output_dir, *arguments, methods="sdedit,iedit-m"):
+    return main(["evaluate", "--output_dir", str(output_dir), "--methods", methods, *ARGUMENTS, *map(str, arguments)])
+
+
+def read(output_dir):
+    return json.loads((output_dir / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("finished") / "out"
+    methods = "sdedit,iedit-m,test_evaluate:Sources"
+    assert run(output_dir, "--strengths", "0.3,0.9", "--num-curve-examples", 2, methods=methods) == 0
+    return output_dir
+
+
+def test_results_hold_every_example_and_what_was_set(finished):
+    results = read(finished)
+    assert [example["key"] for example in results["examples"]] == [
+        f"{group}-{number:04}" for group in ("real", "generated") for number in range(3)
+    ]
+    assert results["settings"]["num_inference_steps"] == 4
+    assert results["settings"]["base_model"] == "mini-base"
+    assert results["baseline"] == "sdedit"
+    assert {"diffusers", "torch"} <= results["versions"].keys()
+    assert set(results["hashes"]["models"]) == {"mini", "mini-base"}
+    for example in results["examples"]:
+        for variant in ("sdedit", "iedit-m", "test_evaluate:Sources"):
+            assert 0 <= example["results"][variant]["clip_score"] <= 2.5
+
+
+def test_sources_given_back_are_measured_as_such(finished):
+    results = read(finished)
+    for example in results["examples"]:
+        found = example["results"]["test_evaluate:Sources"]
+        assert found["background_equal"] == found["ssim_not_m"] == 1
+        assert found["success"] == 0
+    assert results["summary"]["all"]["test_evaluate:Sources"]["fid"]["value"] == pytest.approx(0, abs=1e-3)
+    difference = results["summary"]["all"]["iedit-m"]["ssim_not_m"]["difference"]
+    assert difference["mean"] > 0
+
+
+def test_the_pictures_lie_beside_the_results(finished):
+    results = read(finished)
+    for example in results["examples"]:
+        for folder in ("source", "mask", *(variant["slug"] for variant in results["variants"].values())):
+            if "strength" not in folder or example["key"].endswith(("0000", "0001")):
+                with Image.open(finished / "images" / folder / f"{example['key']}.png") as image:
+                    assert image.size == (64, 64)
+    assert len(list((finished / "images/target").iterdir())) == 3
+
+
+def test_curves_have_each_strength_on_the_first_examples(finished):
+    results = read(finished)
+    curves = {name for name in results["variants"] if "@" in name}
+    assert curves == {f"{m}@strength={s}" for m in ("sdedit", "iedit-m", "test_evaluate:Sources") for s in (0.3, 0.9)}
+    for example in results["examples"]:
+        assert (curves <= example["results"].keys()) == (not example["key"].endswith("0002"))
+
+
+def test_tables_and_page_name_the_methods(finished):
+    for file in ("results.md", "index.html"):
+        text = (finished / file).read_text()
+        assert "SDEdit" in text
+        assert "iEdit-M" in text
+
+
+def test_called_again_it_does_nothing_and_says_the_same(finished):
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*.png")}
+    content = (finished / "results.json").read_text()
+    methods = "sdedit,iedit-m,test_evaluate:Sources"
+    assert run(finished, "--strengths", "0.3,0.9", "--num-curve-examples", 2, methods=methods) == 0
+    assert (finished / "results.json").read_text() == content
+    assert {file: file.stat().st_mtime_ns for file in finished.rglob("*.png")} == before
+
+
+def test_a_method_and_a_metric_can_be_added(tmp_path):
+    assert run(tmp_path / "out", "--metrics", "clip_score", methods="test_evaluate:Sources") == 0
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.png")}
+    assert run(tmp_path / "out", "--metrics", "clip_score,psnr", methods="test_evaluate:Sources,sdedit") == 0
+    for example in read(tmp_path / "out")["examples"]:
+        assert [sorted(found) for found in example["results"].values()] == [["clip_score", "psnr"]] * 2
+    assert before.items() <= {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.png")}.items()
+
+
+def test_pairs_of_the_builder_are_evaluated(tmp_path):
+    pairs = write_pairs(tmp_path / "pairs", make_rows(3))
+    others = ("--model", "mini", "--steps", "4", "--networks", "clip=mini,fid=mini,lpips=mini,dino=mini")
+    argv = [
+        "evaluate",
+        "--data",
+        str(pairs),
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--methods",
+        "sdedit,iedit-m",
+        *others,
+    ]
+    assert main(argv) == 0
+    results = read(tmp_path / "out")
+    assert len(results["examples"]) == 3
+    assert "success" not in results["summary"]["all"]["iedit-m"]
+
+
+# What fails
+
+
+def test_a_picture_on_which_a_method_fails_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    prompts = [example.edit_prompt for example in load_examples("mini", "choose")[:2]]
+    monkeypatch.setattr(Sources, "fails", {prompts[1]})
+    methods = "sdedit,test_evaluate:Sources"
+    assert run(tmp_path / "out", methods=methods) == 1
+    assert "1 edits failed" in capsys.readouterr().err
+    found = {example["key"]: example["results"] for example in read(tmp_path / "out")["examples"]}
+    assert found["real-0001"]["test_evaluate:Sources"] == {"error": "RuntimeError: no idea what this means"}
+    # Its neighbour in the batch too is edited.
+    assert found["real-0000"]["test_evaluate:Sources"]["background_equal"] == 1
+    assert sum("error" in values for results in found.values() for values in results.values()) == 1
+    assert "no idea what this means" in (tmp_path / "out/results.md").read_text()
+
+    # Once the cause is gone, calling again mends it.
+    monkeypatch.setattr(Sources, "fails", set())
+    assert run(tmp_path / "out", methods=methods) == 0
+
+
+@pytest.mark.parametrize(
+    ("gives", "message"),
+    [
+        (Image.new("RGB", (32, 32)), "RGB \\(64, 64\\), got RGB \\(32, 32\\)"),
+        (Image.new("L", (64, 64)), "got L \\(64, 64\\)"),
+        (np.zeros((64, 64, 3)), "got ndarray"),
+    ],
+)
+def test_what_is_no_edited_picture_is_an_error_of_its_own(tmp_path, monkeypatch, gives, message):
+    monkeypatch.setattr(Sources, "gives", gives)
+    assert run(tmp_path / "out", "--num-examples", 1, methods="sdedit,test_evaluate:Sources") == 1
+    for example in read(tmp_path / "out")["examples"]:
+        assert example["results"]["test_evaluate:Sources"].keys() == {"error"}
+        with pytest.raises(ValueError, match=message):
+            raise ValueError(example["results"]["test_evaluate:Sources"]["error"])
+
+
+def test_a_model_that_gives_no_numbers_fails_on_every_picture_and_the_others_go_on(tmp_path):
+    pipe = Models().load(IEditPipeline, "mini-base")
+    pipe.unet.conv_out.bias.data[0] = float("nan")
+    pipe.save_pretrained(tmp_path / "nan")
+    assert run(tmp_path / "out", methods=f"sdedit,iedit@model={tmp_path / 'nan'}") == 1
+    for example in read(tmp_path / "out")["examples"]:
+        sound, broken = example["results"].values()
+        assert broken == {"error": "FloatingPointError: the edited image holds NaN or infinity."}
+        assert "clip_score" in sound
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--methods", "sdedit,dall-e"), "There is no method 'dall-e'. There are sdedit,"),
+        (("--metrics", "beauty"), "There is no metric beauty. There are success,"),
+        (("--data", "nowhere"), "nowhere"),
+        (("--split", "validation"), "`split` of the mini benchmark has to be one of test, choose"),
+        (("--base-model", "no-such-model"), "'no-such-model' gives no usable IEditPipeline"),
+        (("--networks", "clip=no-such-clip"), "no-such-clip"),
+        (("--strength", "0"), "has to be above 0 and at most 1"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(tmp_path, capsys, arguments, message):
+    try:
+        code = run(tmp_path / "out", *arguments)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert printed.startswith("iedit evaluate: error: ")
+    assert message in printed
+    assert not (tmp_path / "out/results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.clear(), "no rows|no data"),
+        (lambda rows: rows[1].update(source_mask=Image.new("L", (64, 64))), "row 1.*black"),
+        (lambda rows: rows[1].update(source_mask=Image.new("L", (32, 64), 255)), "row 1.*32 x 64"),
+    ],
+)
+def test_pairs_that_cannot_be_used_are_named(tmp_path, capsys, change, message):
+    rows = make_rows(3)
+    change(rows)
+    pairs = write_pairs(tmp_path / "pairs", rows)
+    assert run(tmp_path / "out", "--data", pairs, "--split", "train") == 2
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(capsys.readouterr().err)
+
+
+def test_pairs_without_masks_are_refused(tmp_path, capsys):
+    rows = make_rows(3)
+    pairs = write_pairs(tmp_path / "pairs", rows, [name for name in rows[0] if name != "source_mask"])
+    assert run(tmp_path / "out", "--data", pairs, "--split", "train") == 2
+    assert "column `source_mask` is missing" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_configuration_names_every_difference_and_stays(finished, capsys):
+    content = (finished / "results.json").read_text()
+    assert run(finished, "--steps", 5, "--seed", 7, "--num-curve-examples", 2) == 2
+    printed = capsys.readouterr().err
+    assert "num_inference_steps was 4 and is 5" in printed
+    assert "seed was 0 and is 7" in printed
+    assert printed.count(" was ") == 2
+    assert (finished / "results.json").read_text() == content
+
+
+def test_a_model_whose_weights_have_changed_needs_another_folder(tmp_path, capsys):
+    pipe = Models().load(IEditPipeline, "mini-base")
+    pipe.save_pretrained(tmp_path / "model")
+    method = f"iedit@model={tmp_path / 'model'}"
+    assert run(tmp_path / "out", methods=method) == 0
+    pipe.unet.conv_out.bias.data += 0.1
+    pipe.save_pretrained(tmp_path / "model")
+    assert run(tmp_path / "out", methods=method) == 2
+    assert f"the weights of {tmp_path / 'model'} have changed" in capsys.readouterr().err
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("all of it")
+    assert run(tmp_path) == 2
+    assert "is not empty, and what it holds is no evaluation" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# Killed, and in several processes
+
+
+def in_a_process(output_dir, environment={}, kill_at=None):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if kill_at is not None:
+        original, seen = Image.Image.save, 0
+
+        def save(*args, **kwargs):
+            nonlocal seen
+            seen += 1
+            if seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        Image.Image.save = save
+    sys.exit(run(output_dir))
+
+
+def start(*args):
+    process = multiprocessing.get_context("spawn").Process(target=in_a_process, args=args)
+    process.start()
+    return process
+
+
+def same_results(one, other):
+    assert (one / "results.json").read_text() == (other / "results.json").read_text()
+    assert not list(one.rglob(".*"))
+    return True
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("undisturbed") / "out"
+    process = start(output_dir)
+    process.join()
+    assert process.exitcode == 0
+    return output_dir
+
+
+# While the sources are written, in the first batch of edits, and in a later one.
+@pytest.mark.parametrize("kill_at", [5, 17, 24])
+def test_killed_and_called_again_it_gives_the_same_results(tmp_path, undisturbed, kill_at):
+    process = start(tmp_path / "out", {}, kill_at)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "out/results.json").exists()
+    process = start(tmp_path / "out")
+    process.join()
+    assert process.exitcode == 0
+    assert same_results(tmp_path / "out", undisturbed)
+
+
+def test_two_processes_share_the_work_and_give_the_same_results(tmp_path, undisturbed):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
+    world["ACCELERATE_USE_CPU"] = "true"
+    processes = [start(tmp_path / "out", world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert same_results(tmp_path / "out", undisturbed)
