@@ -166,6 +166,24 @@ def test_the_grid_starts_at_the_base(tmp_path, pairs):
     np.testing.assert_array_equal(sdedit, iedit)
 
 
+def test_an_evaluation_at_the_end_fills_the_card(tmp_path, pairs):
+    others = ("--evaluation_data", pairs, "--num_evaluation_examples", 2, "--num_inference_steps", 2)
+    options = ("--max_train_steps", 1, "--resolution", 64, "--loss", "mask", *others)
+    train(arguments(pairs, "mini", tmp_path / "model", *options))
+    card = (tmp_path / "model/README.md").read_text()
+    assert "Means over 2 examples, with 95 % bootstrap intervals; strength 0.7" in card
+    results = json.loads((tmp_path / "model/evaluation/step-000001/results.json").read_text())
+    for variant, title in (("sdedit", "SDEdit"), ("iedit", "iEdit"), ("iedit-m", "iEdit-M")):
+        mean = results["summary"]["all"][variant]["clip_score"]["mean"]
+        assert re.search(rf"^\| {title} \| {mean:.3f} \[", card, re.MULTILINE)
+
+
+def test_evaluation_data_that_is_not_there_is_an_error_before_the_training(tmp_path, pairs, base, capsys):
+    message = error(arguments(pairs, base, tmp_path / "model", "--evaluation_data", "pie-bench:nowhere"), capsys)
+    assert message.startswith("nowhere is no PIE-Bench folder")
+    assert not (tmp_path / "model/losses.csv").exists()
+
+
 # Which weights are trained
 
 

@@ -86,6 +86,8 @@ FREE_OPTIONS = {
     "strength",
     "guidance_scale",
     "num_inference_steps",
+    "evaluation_data",
+    "num_evaluation_examples",
     "report_to",
     "push_to_hub",
     "hub_model_id",
@@ -196,6 +198,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--strength", type=float, default=0.7, help="of the edits that are shown, as the next two")
     group.add_argument("--guidance_scale", type=float, default=7.5)
     group.add_argument("--num_inference_steps", type=int, default=50)
+    group.add_argument(
+        "--evaluation_data",
+        help="at the end, edit these examples by SDEdit, iEdit and iEdit-M, into OUTPUT_DIR/evaluation, for the card's"
+        " table: what `iedit evaluate --data` takes",
+    )
+    group.add_argument("--num_evaluation_examples", type=int, default=50, help="of each group; the first")
     group.add_argument("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "none"])
     group = parser.add_argument_group("Hub", "the token is HF_TOKEN, or what `hf auth login` stored")
     group.add_argument("--push_to_hub", action="store_true", help="upload the model with its card")
@@ -244,7 +252,41 @@ def not_finite(step: int, rows: list[int], names: tuple[str, ...], values: list[
     return "\n".join([first, *lines])
 
 
-def write_card(args: argparse.Namespace, hub_model_id: str | None, loss_log: LossLog, total_batch_size: int) -> None:
+def evaluate_model(args: argparse.Namespace) -> tuple[list[dict[str, str]], str]:
+    """The card's table, of what the base and the model make of the examples, and a note to it."""
+    from diffusers_iedit.evaluation.methods import Settings
+    from diffusers_iedit.evaluation.runner import evaluate
+
+    settings = {name: getattr(args, name) for name in ("strength", "guidance_scale", "num_inference_steps")}
+    results = evaluate(
+        args.evaluation_data,
+        ["sdedit", "iedit", "iedit-m"],
+        # After more steps, it is another model that is evaluated.
+        args.output_dir / "evaluation" / f"step-{args.max_train_steps:06}",
+        Settings(model=str(args.output_dir), base_model=args.model, **settings),
+        num_examples=args.num_evaluation_examples,
+        networks=dict.fromkeys(("clip", "fid", "lpips", "dino"), "mini") if args.clip_model == "mini" else None,
+        seed=args.seed,
+    )
+    if not results:
+        return [], ""
+    summary = next(iter(results["summary"].values()))
+    shown = [name for name in ("success", "clip_score", "ssim_m", "ssim_not_m") if name in summary["iedit"]]
+    rows = [
+        {"method": results["variants"][variant]["title"]}
+        | {
+            results["metrics"][name]["title"]: "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**found[name])
+            for name in shown
+        }
+        for variant, found in summary.items()
+    ]
+    note = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+    return rows, f"Means over {len(results['examples'])} examples, with 95 % bootstrap intervals; {note}."
+
+
+def write_card(
+    args: argparse.Namespace, hub_model_id: str | None, loss_log: LossLog, total_batch_size: int, evaluation: tuple
+) -> None:
     """Fills model_card.md from the run."""
     last = loss_log.read()[-100:]
     losses = {name: sum(row[name] for row in last) / len(last) for name in loss_log.columns[1:-1]}
@@ -264,6 +306,8 @@ def write_card(args: argparse.Namespace, hub_model_id: str | None, loss_log: Los
         settings=settings,
         losses=losses,
         loss_plot="loss.png",
+        evaluation=evaluation[0],
+        evaluation_note=evaluation[1],
         pictures=[grid] if (args.output_dir / grid).exists() else [],
         license=args.license,
         lora=args.lora_rank is not None,
@@ -299,6 +343,13 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if args.report_to != "none" and not accelerator.log_with:
         raise ImportError(f"`report_to` {args.report_to} needs it: pip install {args.report_to}, or --report_to none")
+    if args.evaluation_data:
+        # What is missing is said now, not after the training.
+        try:
+            from diffusers_iedit.evaluation import runner
+        except ImportError as error:
+            raise ImportError(f'`evaluation_data`: {error}: pip install "diffusers-iedit[eval]"') from error
+        runner.load_examples(args.evaluation_data)
     hub_model_id = None
     if args.push_to_hub and accelerator.is_main_process:
         hub_model_id = check_hub(args.hub_model_id or output_dir.resolve().name, private=args.hub_private or None)
@@ -544,7 +595,10 @@ def main(argv: list[str] | None = None) -> None:
             final.unet.load_state_dict(state)
             save_pipeline(final, output_dir)
             loss_log.plot(output_dir / "loss.png")
-            write_card(args, hub_model_id, loss_log, total_batch_size)
+        accelerator.wait_for_everyone()
+        evaluation = evaluate_model(args) if args.evaluation_data else ([], "")
+        if accelerator.is_main_process:
+            write_card(args, hub_model_id, loss_log, total_batch_size, evaluation)
             if args.push_to_hub:
                 logger.info(push_folder(output_dir, hub_model_id, private=args.hub_private or None))
     accelerator.end_training()

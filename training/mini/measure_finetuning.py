@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from measure import ask_for_edit
-from scipy.stats import bootstrap
 from transformers import CLIPModel, CLIPProcessor
 
 from diffusers_iedit import IEditPipeline, mini
 from diffusers_iedit.evaluation import metrics
+from diffusers_iedit.evaluation.statistics import interval
 from diffusers_iedit.finetuning.models import load_base
 from diffusers_iedit.losses import CLIPImageEmbedder
 from diffusers_iedit.mini import Scene
@@ -81,14 +81,6 @@ class Examiner:
             for name in ("ssim_not_m", "ssim_not_m_region"):
                 found[name] += getattr(metrics, name)(edited, before, masks).tolist()
         return {name: np.array(values, dtype=float) for name, values in found.items()}
-
-
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean and 95 % bootstrap interval."""
-    if not np.ptp(values):
-        return (values[0],) * 3
-    low, high = bootstrap((values,), np.mean, n_resamples=5_000, random_state=0, method="basic").confidence_interval
-    return values.mean(), low, high
 
 
 def main() -> None:

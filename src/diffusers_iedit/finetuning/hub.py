@@ -61,6 +61,7 @@ def write_model_card(
     losses: dict[str, float],
     loss_plot: str,
     evaluation: list[dict[str, object]] | None = None,
+    evaluation_note: str = "",
     pictures: list[str] = (),
     license: str | None = None,
     lora: bool = False,
@@ -79,6 +80,7 @@ def write_model_card(
         losses (`dict`): The mean of each loss term at the end of the training.
         loss_plot (`str`): Picture of the loss curves, as a path inside the folder.
         evaluation (`list[dict]`, *optional*): The rows of a table, all with the first one's columns.
+        evaluation_note (`str`): What was measured, on what and how.
         pictures (`list[str]`): Sample edits, as paths inside the folder.
         license (`str`, *optional*): The Hub's name of a licence; by default the base model's is said to apply.
         lora (`bool`): Whether a LoRA was trained, which is merged into the UNet and also lies in the folder "lora".
@@ -119,6 +121,7 @@ def write_model_card(
         losses={name: _cell(value) for name, value in losses.items()},
         loss_plot=loss_plot,
         evaluation=[{name: _cell(value) for name, value in row.items()} for row in evaluation or []],
+        evaluation_note=evaluation_note,
         pictures=pictures,
         lora=lora,
     )
