@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -75,7 +76,7 @@ def cell(found: dict, column: str) -> str:
     if value is None:
         return "–"
     if "value" in value:
-        return f"{value['value']:.2f}"
+        return f"{value['value']:.3f}"
     return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
@@ -122,7 +123,7 @@ def write_table_2(results: dict, rows: dict[str, list[str]]) -> str:
             by_seed = [results["summary"]["all"][v].get(column) for v in variants]
             values = [found.get("mean", found.get("value")) for found in by_seed]
             if column == "fid":
-                line.append(f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+                line.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
             else:
                 mean, low, high = interval(over_seeds(results, variants, column))
                 line.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]; seeds {min(values):.3f} to {max(values):.3f}")
@@ -195,6 +196,25 @@ def write_sheet(results: dict, output_dir: Path, file: Path) -> None:
     sheet.save(file)
 
 
+def write_plot(results: dict, file: Path) -> None:
+    """Success over how well the background is kept, one line a method and one point a strength."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for method in (name for name in results["variants"] if "@" not in name):
+        strengths = [name for name in results["variants"] if name.startswith(f"{method}@strength=")]
+        kept, changed = (
+            [results["summary"]["all"][name][metric]["mean"] for name in strengths]
+            for metric in ("ssim_not_m_region", "success")
+        )
+        axes.plot(kept, changed, marker="o", label=results["variants"][method]["title"])
+        for name, x, y in zip(strengths, kept, changed, strict=True):
+            text = name.rpartition("=")[2]
+            axes.annotate(text, (x, y), xytext=(3, -9), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="SSIM of the background", ylabel="success by the judge")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/mini"), help="of the trainings")
@@ -228,6 +248,7 @@ def main() -> None:
         methods = ["sdedit", "sdedit-m", "iedit", "iedit-m"]
         results = evaluate(out / "curves", methods, *shared, *few, "--strengths", "0.3,0.5,0.7,1.0")
         texts["strength"] = write_variants(results)
+        write_plot(results, HERE / "strength.png")
     if "masks" in args.only:
         methods = [f"iedit-{mask}@mask_dilation={d}" for mask in ("given", "m") for d in (0, 2, 4, 8)]
         results = evaluate(out / "masks", methods, *shared, *few)

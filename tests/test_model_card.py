@@ -242,7 +242,7 @@ def test_the_check_refuses_a_token_that_may_not_write(hub, exists):
     if exists:
         hub.add("models", "me/iedit", {})
     error = check(hub, HF_TOKEN="hf_wrong").stderr
-    refused = "ValueError: me/iedit on the Hub cannot be written to with the token in HF_TOKEN or that of "
+    refused = "ValueError: me/iedit on the Hub cannot be written to with the token in HF_TOKEN or of `hf auth login`: "
     assert refused in error
     assert "401 Unauthorized" in error.split(refused)[1]
     assert "hf_wrong" not in error
