@@ -200,15 +200,19 @@ def write_plot(results: dict, file: Path) -> None:
     """Success over how well the background is kept, one line a method and one point a strength."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for method in (name for name in results["variants"] if "@" not in name):
-        strengths = [name for name in results["variants"] if name.startswith(f"{method}@strength=")]
+        others = [name for name in results["variants"] if name.startswith(f"{method}@strength=")]
+        strengths = {name: results["variants"][name]["settings"]["strength"] for name in others}
+        # The settings of all are one more point.
+        strengths = dict(
+            sorted([(method, results["settings"]["strength"]), *strengths.items()], key=lambda pair: pair[1])
+        )
         kept, changed = (
             [results["summary"]["all"][name][metric]["mean"] for name in strengths]
             for metric in ("ssim_not_m_region", "success")
         )
         axes.plot(kept, changed, marker="o", label=results["variants"][method]["title"])
         for name, x, y in zip(strengths, kept, changed, strict=True):
-            text = name.rpartition("=")[2]
-            axes.annotate(text, (x, y), xytext=(3, -9), textcoords="offset points", fontsize=7)
+            axes.annotate(strengths[name], (x, y), xytext=(3, -9), textcoords="offset points", fontsize=7)
     axes.set(xlabel="SSIM of the background", ylabel="success by the judge")
     axes.legend()
     axes.grid(alpha=0.3)

@@ -135,7 +135,7 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
 def _facts(results: dict) -> str:
     facts = [f"{len(results['examples'])} examples"]
     for name, value in results["settings"].items():
-        if not isinstance(value, (dict, list)):
+        if value is not None and not isinstance(value, (dict, list)):
             facts.append(f"{name.replace('_', ' ')} {value}")
     return " · ".join(facts)
 
@@ -149,7 +149,7 @@ def _legend(results: dict) -> str:
             " better. Nothing corrects for the number of comparisons."
         )
     if any(variant["given_mask"] for variant in results["variants"].values()):
-        sentences.append("† The method is given the true mask.")
+        sentences.append("† The method is given the example's own mask.")
     return " ".join(sentences)
 
 

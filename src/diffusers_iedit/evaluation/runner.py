@@ -225,6 +225,7 @@ def evaluate(
         for variant in variants
         if "@" not in variant.name and variant.method not in ("inpaint", "instruct-pix2pix")
         for strength in strengths
+        if strength != settings.strength
     ]
     if networks is None and data == "mini":
         networks = dict.fromkeys(("clip", "fid", "lpips", "dino"), "mini")
