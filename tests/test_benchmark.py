@@ -136,6 +136,14 @@ def test_the_tables_are_those_of_the_results_beside_them(tables, part):
     assert text.strip() in (BENCHMARKS / "README.md").read_text()
 
 
+def test_the_readme_shows_what_table_1_says(tables):
+    summary = json.loads((tables.HERE / "shipped.json").read_text())["summary"]["real"]
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    for method in ("sdedit", "sdedit-m", "iedit", "iedit-m", "inpaint", "instruct-pix2pix"):
+        figures = [f"{summary[method][name]['mean']:.3f}" for name in ("success", "clip_score", "ssim_not_m")]
+        assert f" | {' | '.join(figures)} |\n" in readme
+
+
 def test_the_results_were_taken_with_the_settings_that_were_chosen(tables):
     chosen = json.loads((tables.HERE / "settings.json").read_text())
     for part in ("shipped", "trained"):
