@@ -6,7 +6,7 @@ Stopped at any moment, the same command goes on where it was.
 import logging
 import os
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -110,9 +110,12 @@ def main() -> None:
     stages = (ReadOptions, CaptionOptions, EditArguments, EmbedOptions, RetrieveOptions, MaskOptions)
     usage = "%(prog)s --source SOURCE --output_dir OUTPUT_DIR [options, see --help]"
     parser = HfArgumentParser((RunOptions, *stages), description=__doc__, usage=usage)
-    stdout, stderr = (sys.stdout, sys.stderr) if is_first else (None, None)
     try:
-        with redirect_stdout(stdout), redirect_stderr(stderr):
+        # Older versions of argparse cannot write to None.
+        with open(os.devnull, "w") as nowhere, ExitStack() as silenced:
+            if not is_first:
+                silenced.enter_context(redirect_stdout(nowhere))
+                silenced.enter_context(redirect_stderr(nowhere))
             run, read, caption, edit, embed, retrieve, mask = parser.parse_args_into_dataclasses()
             options = Options(read, caption, edit.options(), edit.edit_seed, embed, retrieve, mask)
     except ValueError as error:
