@@ -51,8 +51,16 @@ PAPER_2 = {
     "the same, masks at inference": (66.97, 128, 79.65, 77.99),
 }
 SHIPPED = ("sdedit", "sdedit-m", "sdedit-given", "iedit", "iedit-m", "iedit-given", "blended", "inpaint")
-COLUMNS = ("success", "clip_score", "fid", "ssim_m", "ssim_not_m", "ssim_not_m_region")
-TITLES = ("success", "CLIPScore", "FID", "SSIM-M", "SSIM-notM", "background SSIM")
+COLUMNS = {
+    "success": "success",
+    "clip_score": "CLIPScore",
+    "fid": "FID",
+    "ssim_m": "SSIM-M",
+    "ssim_not_m": "SSIM-notM",
+    "ssim_not_m_region": "background SSIM",
+}
+# FID is of a set, the others of each example.
+OF_EXAMPLES = {column: title for column, title in COLUMNS.items() if column != "fid"}
 SEEDS = (0, 1, 2)
 SCHEDULERS = ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 
@@ -96,7 +104,7 @@ def write_table_1(results: dict) -> str:
         for name, found in results["summary"][group].items():
             measured = [cell(found, column) for column in COLUMNS]
             rows.append([results["variants"][name]["title"], *measured, *paper_cells(PAPER_1[group].get(name))])
-        header = ("method", *TITLES, "paper: CLIPScore", "FID", "SSIM-notM")
+        header = ("method", *COLUMNS.values(), "paper: CLIPScore", "FID", "SSIM-notM")
         text += f"\n### {group.capitalize()} sources\n\n{table(header, rows)}"
     return text
 
@@ -128,30 +136,29 @@ def write_table_2(results: dict, rows: dict[str, list[str]]) -> str:
                 mean, low, high = interval(over_seeds(results, variants, column))
                 line.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]; seeds {min(values):.3f} to {max(values):.3f}")
         lines.append([*line, *paper_cells(PAPER_2[name])])
-    text = table(("losses", *TITLES, "paper: CLIPScore", "FID", "SSIM-notM"), lines)
+    text = table(("losses", *COLUMNS.values(), "paper: CLIPScore", "FID", "SSIM-notM"), lines)
     text += "\nPaired differences, row by row, over the same examples and the mean of the seeds:\n\n"
     names = list(rows)
     steps = ((1, 0), (2, 1), (3, 1), (3, 2), (4, 3))
     lines = []
     for after, before in steps:
         line = [f"row {after + 1} - row {before + 1}"]
-        for column in (c for c in COLUMNS if c != "fid"):
+        for column in OF_EXAMPLES:
             difference = over_seeds(results, rows[names[after]], column) - over_seeds(
                 results, rows[names[before]], column
             )
             mean, low, high = interval(difference)
             line.append(f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
         lines.append(line)
-    return text + table(("difference", *(t for t, c in zip(TITLES, COLUMNS, strict=True) if c != "fid")), lines)
+    return text + table(("difference", *OF_EXAMPLES.values()), lines)
 
 
 def write_variants(results: dict, group: str = "all") -> str:
-    columns = [column for column in COLUMNS if column != "fid"]
     rows = [
-        [results["variants"][name]["title"], *(cell(found, column) for column in columns)]
+        [results["variants"][name]["title"], *(cell(found, column) for column in OF_EXAMPLES)]
         for name, found in results["summary"][group].items()
     ]
-    return table(("variant", *(t for t, c in zip(TITLES, COLUMNS, strict=True) if c != "fid")), rows)
+    return table(("variant", *OF_EXAMPLES.values()), rows)
 
 
 def write_small(results: dict, file: Path) -> dict:

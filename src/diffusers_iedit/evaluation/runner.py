@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..pairs.engines import LocalEngine
+from ..pairs.shards import replacing
 from . import report
 from .data import Example, load_examples
 from .methods import Method, Models, Settings, Variant, parse_variant
@@ -29,16 +30,14 @@ FEATURES_BATCH = 16
 
 def write_json(content: dict, file: Path) -> None:
     """Writes JSON at once or not at all."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_image(image: Image.Image, file: Path) -> None:
     """Writes a PNG at once or not at all."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    image.save(partial, "PNG")
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        image.save(partial, "PNG")
 
 
 class _Files:
@@ -84,7 +83,7 @@ def _start(files: _Files, config: dict, variants: list[Variant], weights: dict[s
     files.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(config | {"weights": known | weights}, files.config)
     # What a kill left behind.
-    for partial in files.output_dir.rglob(".*.partial"):
+    for partial in files.output_dir.rglob("*.partial"):
         partial.unlink()
     folders = [files.output_dir / "images" / name for name in ("source", "mask", "target")]
     for variant in variants:
