@@ -5,6 +5,7 @@ import inspect
 import warnings
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,10 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
+from PIL import Image, ImageDraw
 from tiny_models import sd3_components, sd_components, sdxl_components
 
-from diffusers_iedit import IEditMaskedDDIM, IEditMaskedScheduler
+from diffusers_iedit import IEditMaskedDDIM, IEditMaskedScheduler, IEditPipeline
 from diffusers_iedit.scheduling_iedit import SERVED
 
 
@@ -447,6 +449,47 @@ def test_every_served_scheduler_is_in_these_tests():
     assert {name for name, _ in CONFIGS} == {served.__name__ for served in SERVED}
 
 
+def drawn_mask(mode="L"):
+    """A gradient, hard and soft, that differs from its transposes."""
+    drawn = Image.linear_gradient("L").resize((48, 32))
+    ImageDraw.Draw(drawn).rectangle((0, 0, 9, 15), fill=255)
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(drawn).astype(np.uint16) * 257)
+    return drawn.convert(mode)
+
+
+def turned_mask():
+    turned = drawn_mask().transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6
+    return turned
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *[drawn_mask(mode) for mode in ("L", "RGB", "1", "I;16")],
+        turned_mask(),
+        np.asarray(drawn_mask()),
+        np.asarray(drawn_mask())[None, ..., None],
+        np.asarray(drawn_mask()) > 99,
+        np.asarray(drawn_mask()) / 255,
+        [drawn_mask()],
+        [np.asarray(drawn_mask())],
+    ],
+    ids=["L", "RGB", "1", "16 bit", "turned", "uint8", "NHWC", "bool", "float64", "list of PIL", "list of numpy"],
+)
+def test_masks_are_taken_in_the_forms_that_the_pipeline_takes(form):
+    masked = IEditMaskedScheduler.wrap(DDIMScheduler(), form)
+    expected = IEditPipeline(**sd_components()).prepare_mask_image(form, 1, (32, 48))
+    torch.testing.assert_close(masked.mask, expected, rtol=0, atol=1e-6)
+    assert masked.mask.is_floating_point()
+
+
+def test_a_list_of_masks_is_one_a_picture(source, noise):
+    images = [drawn_mask(), Image.new("L", (48, 32), 255)]
+    assert IEditMaskedScheduler.wrap(DDIMScheduler(), images).mask.shape == (2, 1, 32, 48)
+
+
 def test_wrapping_again_replaces_the_mask(mask):
     first = IEditMaskedScheduler.wrap(DDIMScheduler(**SD), mask)
     second = IEditMaskedScheduler.wrap(first, 1 - mask)
@@ -570,7 +613,14 @@ def test_a_scheduler_of_one_s_own_is_refused_by_name():
 @pytest.mark.parametrize(
     ("bad_mask", "error", "message"),
     [
-        ([[1.0]], TypeError, "`mask` must be a floating point tensor, but is list"),
+        ([[1.0]], TypeError, "`mask` must be a floating point tensor, .* but is list"),
+        ([], TypeError, "`mask` must be a floating point tensor, .* but is list"),
+        ("mask.png", TypeError, "`mask` must be a floating point tensor, .* but is str"),
+        (np.ones((4, 4), dtype=np.int64), TypeError, "`mask` must be a floating point .* of torch.int64"),
+        (np.ones((4, 4), dtype=np.uint8), ValueError, "`mask` is uint8 with values 0 and 1"),
+        (np.ones((1, 4, 4, 3)), ValueError, r"`mask` must have shape .* \(1, 4, 4, 3\)"),
+        (np.ones((0, 4), dtype=np.uint8), ValueError, r"`mask` must have shape .* \(1, 1, 0, 4\)"),
+        ([Image.new("L", (4, 4)), Image.new("L", (4, 6))], ValueError, "`mask` must hold .* 4x4, 4x6 pixels"),
         (torch.ones(1, 1, 4, 4, dtype=torch.bool), TypeError, "`mask` must be a floating point .* of torch.bool"),
         (torch.ones(1, 1, 4, 4, dtype=torch.uint8), TypeError, "`mask` must be a floating point .* of torch.uint8"),
         (torch.ones(4, 4), ValueError, r"`mask` must have shape \(batch_size or 1, 1,.* has shape \(4, 4\)"),
@@ -581,7 +631,25 @@ def test_a_scheduler_of_one_s_own_is_refused_by_name():
         (torch.full((1, 1, 4, 4), float("nan")), ValueError, r"`mask` must have values in \[0, 1\].* nan to nan"),
         (torch.full((1, 1, 4, 4), float("inf")), ValueError, r"`mask` must have values in \[0, 1\].* inf to inf"),
     ],
-    ids=["list", "bool", "uint8", "2d", "rgb", "empty", "255", "negative", "nan", "inf"],
+    ids=[
+        "list",
+        "no masks",
+        "path",
+        "int64",
+        "0 and 1",
+        "colours",
+        "no pixels",
+        "sizes",
+        "bool",
+        "uint8",
+        "2d",
+        "rgb",
+        "empty",
+        "255",
+        "negative",
+        "nan",
+        "inf",
+    ],
 )
 def test_bad_masks_are_refused(bad_mask, error, message):
     with pytest.raises(error, match=message):

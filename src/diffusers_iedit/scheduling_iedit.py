@@ -2,7 +2,9 @@
 
 import copy
 import functools
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -32,7 +34,10 @@ from diffusers import (
     TCDScheduler,
     UniPCMultistepScheduler,
 )
+from PIL import Image, ImageOps
 
+
+MaskInput = torch.Tensor | Image.Image | np.ndarray | list[Image.Image] | list[np.ndarray]
 
 # Schedulers by what gives the noise level at index i of their schedule. A class in none of the lists is refused: a
 # source at the wrong level would look almost right.
@@ -70,6 +75,37 @@ def _check_served(scheduler_class: type):
         )
 
 
+def _read_mask(mask) -> torch.Tensor:
+    """Bring PIL images, numpy arrays and lists of either to shape (B, 1, H, W); tensors stay as they are."""
+    if isinstance(mask, (list, tuple)) and mask and all(isinstance(m, (Image.Image, np.ndarray)) for m in mask):
+        entries = [_read_mask(entry) for entry in mask]
+        sizes = {tuple(entry.shape[2:]) for entry in entries}
+        if len(sizes) > 1:
+            listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+            raise ValueError(f"`mask` must hold masks of one size, but they are {listed} pixels.")
+        return torch.cat(entries)
+    if isinstance(mask, Image.Image):
+        mask = ImageOps.exif_transpose(mask)
+        if mask.mode.startswith("I"):  # 16 bits, which `convert` would clip
+            mask = np.asarray(mask).clip(0, 65535) / 65535
+        else:
+            mask = np.asarray(mask.convert("L"))
+    if not isinstance(mask, np.ndarray):
+        return mask
+    tensor = torch.from_numpy(mask.copy())
+    if mask.dtype == np.uint8:
+        if mask.size and mask.max() == 1:
+            raise ValueError("`mask` is uint8 with values 0 and 1 only, where 255 means edit; pass bool or float.")
+        tensor = tensor / 255
+    elif mask.dtype == bool or tensor.is_floating_point():
+        tensor = tensor.float()
+    if tensor.ndim == 4 and tensor.shape[-1] == 1:
+        tensor = tensor[..., 0]
+    if tensor.ndim == 2:
+        tensor = tensor[None]
+    return tensor[:, None] if tensor.ndim == 3 else tensor
+
+
 class IEditMaskedScheduler:
     r"""
     Mixin that confines a scheduler's steps to a mask, by Eq. 13 of [iEdit](https://huggingface.co/papers/2305.05947):
@@ -103,14 +139,19 @@ class IEditMaskedScheduler:
     ```
     """
 
-    _mask = None
+    # What the scheduler has that this is mixed into.
+    config: Any
+    timesteps: torch.Tensor
+    sigmas: torch.Tensor
+
+    _mask: Any = None
     _soft = False
-    _mask_on_latents = None
-    _source = None
-    _noise = None
+    _mask_on_latents: Any = None
+    _source: Any = None
+    _noise: Any = None
     # DDIM, DDPM and PNDM have neither of these, all others have both.
-    _begin_index = None
-    _step_index = None
+    _begin_index: Any = None
+    _step_index: Any = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -126,7 +167,7 @@ class IEditMaskedScheduler:
             cls.add_noise = _capture_source_of_add_noise(cls.add_noise)
 
     @staticmethod
-    def wrap(scheduler: SchedulerMixin, mask: torch.Tensor | None) -> "IEditMaskedScheduler":
+    def wrap(scheduler: SchedulerMixin, mask: MaskInput | None) -> "IEditMaskedScheduler":
         """
         Returns a copy of a scheduler that edits inside a mask only.
 
@@ -136,38 +177,39 @@ class IEditMaskedScheduler:
         Args:
             scheduler (`SchedulerMixin`):
                 The scheduler to copy; it is left as it is. If it is masked already, the copy has the new mask.
-            mask (`torch.Tensor` or `None`):
+            mask (`torch.Tensor`, `PIL.Image.Image`, `np.ndarray`, a list of the last two, or `None`):
                 See [`~IEditMaskedScheduler.set_mask`].
 
         Raises:
-            TypeError: If the scheduler's class is not one that can be masked, or `mask` is no floating point tensor.
+            TypeError: If the scheduler's class is not one that can be masked, or `mask` is of another type or dtype.
             ValueError: If `mask` has a wrong shape or values, or the scheduler has inverted sigmas.
         """
         _check_served(type(scheduler))
         masked = copy.deepcopy(scheduler)
         if not isinstance(scheduler, IEditMaskedScheduler):
-            masked.__class__ = _masked_class(type(scheduler))
+            masked.__class__ = _masked_class(scheduler.__class__)
         masked.set_mask(mask)
         return masked
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """The mask as it was given, of shape `(batch_size or 1, 1, height, width)`, or None."""
+        """The mask as a tensor, of shape `(batch_size or 1, 1, height, width)`, or None."""
         return self._mask
 
-    def set_mask(self, mask: torch.Tensor | None) -> None:
+    def set_mask(self, mask: MaskInput | None) -> None:
         """
         Sets the region to edit, or with None lets the scheduler edit everything.
 
         Args:
-            mask (`torch.Tensor` or `None`):
+            mask (`torch.Tensor`, `PIL.Image.Image`, `np.ndarray`, a list of the last two, or `None`):
                 A floating point tensor of shape `(batch_size or 1, 1, height, width)` with values in [0, 1], where 1
                 means edit. Values in between blend linearly. A mask of another size than the latents is resized so
                 that each latent cell gets the largest value it touches: no edited pixel is lost, and a mask of zeros
-                and ones stays one.
+                and ones stays one. PIL images (white = edit) and arrays (H, W), (B, H, W) or (B, H, W, 1), bool, uint8
+                (255 = edit) or floats in [0, 1], are read as [`IEditPipeline`] reads its `mask_image`.
 
         Raises:
-            TypeError: If `mask` is no floating point tensor.
+            TypeError: If `mask` is of another type or dtype.
             ValueError: If `mask` has a wrong shape or values, or the scheduler has inverted sigmas.
         """
         if mask is not None:
@@ -176,9 +218,13 @@ class IEditMaskedScheduler:
                     f"`mask` cannot be set on {type(self).__name__} with `invert_sigmas=True`: its schedule ends at "
                     "sigma 1, which `scale_noise` takes for pure noise."
                 )
+            mask = _read_mask(mask)
             if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
                 got = f"a tensor of {mask.dtype}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-                raise TypeError(f"`mask` must be a floating point tensor, but is {got}.")
+                raise TypeError(
+                    "`mask` must be a floating point tensor, a PIL image, a numpy array of bool, uint8 or floats, or a"
+                    f" list of images or arrays, but is {got}."
+                )
             if mask.ndim != 4 or mask.shape[1] != 1 or mask.numel() == 0:
                 raise ValueError(
                     f"`mask` must have shape (batch_size or 1, 1, height, width), but has shape {tuple(mask.shape)}."
@@ -231,7 +277,7 @@ class IEditMaskedScheduler:
         elif isinstance(self, DPMSolverSDEScheduler) and not self.state_in_first_order:
             sigma = self.mid_point_sigma
 
-        alpha = 1.0
+        alpha: float | torch.Tensor = 1.0
         if isinstance(self, FLOW_LEVELS):
             alpha = 1.0 - sigma
         elif hasattr(self, "_sigma_to_alpha_sigma_t"):
