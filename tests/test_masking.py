@@ -5,8 +5,10 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
+from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
-from diffusers_iedit.masking_iedit import difference_term, dilate, feather, segment
+from diffusers_iedit import mini
+from diffusers_iedit.masking_iedit import clean_term, difference_term, dilate, feather, segment
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,42 @@ def test_the_difference_term_names_what_the_other_caption_changes(caption, other
 )
 def test_captions_that_name_the_same_things_have_no_difference_term(caption, other):
     assert difference_term(caption, other) == ""
+
+
+@pytest.mark.parametrize(
+    ("term", "clean"),
+    [
+        ("red ball", "red ball"),
+        ("Red Ball!", "red ball"),
+        ("  RED\n\tBall ", "red ball"),
+        ("“red, (round) ball…”", "red round ball"),
+        ("ball &amp; chain", "ball chain"),
+        ("&amp;quot;ball&amp;quot;", "ball"),
+        ("ﬁre", "fire"),
+        ("Ｒｅｄ　ｂａｌｌ！", "red ball"),
+        ("cafe\u0301", "café"),
+        ("the man’s T-shirt", "the man's t-shirt"),
+        ("C++ 🚗", "c++ 🚗"),
+        ("हिन्दी", "हिन्दी"),
+        ("!!!", ""),
+        ("&nbsp; — ", ""),
+    ],
+)
+def test_a_term_is_cleaned_as_clip_cleans_text(term, clean):
+    assert clean_term(term) == clean
+    assert clean_term(clean) == clean
+
+
+def test_the_difference_term_reads_entities_and_composed_characters():
+    assert difference_term("a red ball &amp; a cafe\u0301", "a red ball &amp; a house") == "café"
+
+
+@pytest.mark.parametrize("written", ["Red Ball!", "“red ball”", "red, ball.", "RED  BALL", "&quot;red ball&quot;"])
+def test_a_term_finds_the_same_however_it_is_written(written):
+    model = CLIPSegForImageSegmentation.from_pretrained(mini.mask_model_path())
+    processor = CLIPSegProcessor.from_pretrained(mini.model_path() / "mask_processor")
+    image = mini.render(seed=22).image
+    assert torch.equal(segment(model, processor, [image], [written]), segment(model, processor, [image], ["red ball"]))
 
 
 def test_segment_upsamples_the_logits_before_the_sigmoid():

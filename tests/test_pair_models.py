@@ -203,6 +203,13 @@ def test_a_mask_marks_what_the_term_names(segment):
     assert np.mean([mask_iou(*pair) for pair in zip(truth, found, strict=True)]) > 0.6
 
 
+def test_a_term_marks_the_same_however_it_is_written(segment):
+    image = encode(mini.render(seed=22).image)
+    outputs = segment({"image": [image] * 2, "term": ["red ball", "“Red Ball”!"]})
+    assert outputs["grid"][0].any()
+    np.testing.assert_array_equal(outputs["grid"][0], outputs["grid"][1])
+
+
 def test_the_grid_is_made_of_the_mask_s_own_pixels(segment):
     scene = mini.render(3)
     outputs = segment({"image": [encode(scene.image)], "term": [scene.caption]})

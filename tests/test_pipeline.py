@@ -11,6 +11,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
@@ -381,6 +382,12 @@ def test_source_prompt_auto_captions_the_source():
     assert np.array_equal(np.asarray(automatic.masks[0]), np.asarray(given.masks[0]))
 
 
+def test_the_term_of_a_source_prompt_is_logged(mask_pipe, caplog):
+    with caplog.at_level("INFO", logger="diffusers_iedit.pipeline"):
+        mask_pipe.predict_mask(picture(), "a boat", source_prompt="A Red Car!", mask_threshold=0.3)
+    assert "Looking for 'Red Car': what the prompt changes in 'A Red Car!'." in caplog.text
+
+
 def test_dilation_and_feather_shape_the_mask_in_image_pixels(pipe):
     mask = box_mask(box=(24, 24, 39, 39))
     result = pipe(picture(), mask_image=mask, mask_dilation=4, mask_feather=3, generator=generator(), **QUICK)
@@ -559,6 +566,79 @@ def test_half_precision_keeps_the_background_exact(pipe):
     assert not changed[np.asarray(mask) == 0].any()
 
 
+# Results that are no picture
+
+
+def zero_snr_pipe(**config):
+    # "trailing" begins at the last timestep, the one without any signal.
+    scheduler = DDIMScheduler(
+        rescale_betas_zero_snr=True, timestep_spacing="trailing", steps_offset=1, clip_sample=False, **config
+    )
+    return make_pipe(scheduler=scheduler)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "latent"])
+@pytest.mark.parametrize("mask_image", [None, box_mask()])
+def test_noise_prediction_from_pure_noise_is_an_error_that_names_strength_and_scheduler(output_type, mask_image):
+    pipe = zero_snr_pipe()
+    arguments = {"mask_image": mask_image, "output_type": output_type, "num_inference_steps": 4, "prompt": "a car"}
+    with pytest.raises(
+        FloatingPointError, match=r"denoised latents.* result 0 of 1.*`rescale_betas_zero_snr`.*below 1"
+    ):
+        pipe(picture(), strength=1.0, **arguments)
+    pipe(picture(), strength=0.75, **arguments)
+    zero_snr_pipe(prediction_type="v_prediction")(picture(), strength=1.0, **arguments)
+
+
+def test_a_vae_that_overflows_in_float16_is_an_error_and_runs_alone_in_float32():
+    pipe = make_pipe()
+    with torch.no_grad():
+        # Far below float16's largest number, 65504, as a weight, above it in the sum that the convolution takes.
+        pipe.vae.decoder.conv_in.weight.copy_(pipe.vae.decoder.conv_in.weight.sign() * 4e4)
+    pipe.to(torch.float16)
+    with pytest.raises(FloatingPointError, match=r"decoded picture.*float16.*`pipe\.vae\.to\(torch\.float32\)`"):
+        pipe(picture(), mask_image=box_mask(), generator=generator(), **QUICK)
+    pipe(picture(), generator=generator(), output_type="latent", **QUICK)
+    pipe.vae.to(torch.float32)
+    result = pipe(picture(), mask_image=box_mask(), generator=generator(), **QUICK).images[0]
+    assert differing(result, picture()).any()
+
+
+def test_a_vae_that_overflows_while_encoding_is_an_error_before_the_first_step():
+    pipe = make_pipe()
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight.copy_(pipe.vae.encoder.conv_in.weight.sign() * 6e4)
+    pipe.to(torch.float16)
+    steps = []
+    with pytest.raises(FloatingPointError, match=r"latents of `image` hold NaN.*`pipe\.vae\.to\(torch\.float32\)`"):
+        pipe(picture(), callback_on_step_end=lambda pipe, step, t, kwargs: steps.append(step) or kwargs, **QUICK)
+    assert not steps
+    pipe.vae.to(torch.float32)
+    pipe(picture(), **QUICK)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae"])
+def test_weights_with_nan_are_an_error(component):
+    pipe = make_pipe()
+    next(getattr(pipe, component).parameters()).data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="NaN or infinity in result 0, 1 of 2"):
+        pipe([picture(), picture(seed=1)], **QUICK)
+
+
+def test_latents_with_nan_are_an_error(pipe):
+    latents = torch.zeros(2, 4, 8, 8)
+    latents[1, 0, 3, 3] = float("nan")
+    with pytest.raises(FloatingPointError, match="latents of `image` hold NaN or infinity in result 1 of 2"):
+        pipe(latents, mask_image=box_mask(), output_type="latent", **QUICK)
+
+
+def test_a_mask_model_that_gives_nan_is_an_error(mask_pipe):
+    next(mask_pipe.mask_model.decoder.parameters()).data.fill_(float("nan"))
+    for run in (mask_pipe, mask_pipe.predict_mask):
+        with pytest.raises(FloatingPointError, match="`mask_model` gives NaN"):
+            run(picture(), "a boat", mask_prompt="car")
+
+
 # Bad input
 
 
@@ -583,6 +663,15 @@ def test_half_precision_keeps_the_background_exact(pipe):
         ({"mask_image": np.ones((64, 64), dtype=np.uint8)}, "`mask_image` is uint8 with values 0 and 1"),
         ({"mask_image": np.zeros((64, 64))}, "`mask_image` is zero everywhere"),
         ({"mask_image": np.zeros((64, 64, 3, 1, 1))}, "`mask_image` has to have shape"),
+        ({"mask_image": np.zeros((0, 64), dtype=np.uint8)}, r"`mask_image` has no pixels: its shape is \(0, 64\)"),
+        ({"mask_image": torch.zeros(1, 1, 0, 0)}, r"`mask_image` has no pixels"),
+        ({"mask_image": []}, "`mask_image` holds 0 masks"),
+        ({"image": np.zeros((0, 0, 3), dtype=np.uint8)}, "`image` has to be at least 8 pixels a side, but is 0x0"),
+        ({"image": Image.new("RGB", (0, 0))}, "`image` has to be at least 8 pixels a side, but is 0x0"),
+        ({"prompt": 7}, "`prompt` has to be a string or a list of strings, but contains int"),
+        ({"negative_prompt": [picture()]}, "`negative_prompt` has to be a string .* contains Image"),
+        ({"mask_prompt": box_mask()}, "`mask_prompt` has to be a string .* contains Image"),
+        ({"source_prompt": ["a car", None]}, "`source_prompt` has to be a string .* contains NoneType"),
         ({"mask_image": "mask.png"}, "`mask_image` has to be .* contains str"),
         ({"mask_image": box_mask(), "mask_prompt": "car"}, "only one of"),
         ({"mask_image": box_mask(), "mask_dilation": -1}, "`mask_dilation` has to be an integer of at least 0"),
@@ -613,6 +702,7 @@ def test_bad_input_is_named(pipe, arguments, message):
         ({"mask_prompt": "car", "source_prompt": "a car", "prompt": "a boat"}, "only one of"),
         ({"source_prompt": "a car"}, "`source_prompt` is compared with `prompt`"),
         ({"mask_prompt": " "}, "`mask_prompt` has to name"),
+        ({"mask_prompt": "!!!"}, "`mask_prompt` has to name what to edit, but is '!!!'"),
         ({"mask_prompt": ["car", "boat"]}, "`mask_prompt` holds 2 entries"),
         ({"mask_prompt": "car", "mask_threshold": 1.0}, "`mask_threshold` has to be"),
         ({"mask_prompt": "car", "mask_dilation": -2}, "`mask_dilation` has to be"),
@@ -621,6 +711,26 @@ def test_bad_input_is_named(pipe, arguments, message):
 def test_predict_mask_names_bad_input(mask_pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         mask_pipe.predict_mask(picture(), **arguments)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_prompt_that_comes_before_the_image_is_told_the_order(mask_pipe, several):
+    image, prompt = ([picture()] * 2, ["a car"] * 2) if several else (picture(), "a car")
+    for run in (mask_pipe, mask_pipe.predict_mask):
+        with pytest.raises(
+            TypeError, match=r"`prompt` .* contains Image; the image comes first: `pipe\(image, prompt"
+        ):
+            run(prompt, image, mask_prompt="car")
+
+
+def test_a_flow_matching_scheduler_is_refused_by_name():
+    message = "`scheduler` has to be one for diffusion models.*FlowMatchEulerDiscreteScheduler.*flow matching"
+    with pytest.raises(TypeError, match=message):
+        make_pipe(scheduler=FlowMatchEulerDiscreteScheduler())
+    pipe = make_pipe()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(TypeError, match=message):
+        pipe(picture(), **QUICK)
 
 
 def test_latents_have_no_processing_resolution(pipe):

@@ -1,6 +1,8 @@
 """Where to edit: the words in which two captions differ, CLIPSeg masks for them, and mask clean-up (Sec. 3.4)."""
 
+import html
 import re
+import unicodedata
 from difflib import SequenceMatcher
 
 import torch
@@ -34,6 +36,28 @@ def _continues_phrase(word: str) -> bool:
     return word not in _FUNCTION_WORDS and not is_participle
 
 
+def _plain(text: str) -> str:
+    # Entities, ligatures, wide and combined characters and curly apostrophes: what ftfy does in CLIP's `basic_clean`.
+    return unicodedata.normalize("NFKC", html.unescape(html.unescape(text))).replace("’", "'")
+
+
+def clean_term(term: str) -> str:
+    """A term as CLIP's tokenizer cleans text (entities, Unicode, case, whitespace), without punctuation around words.
+
+    CLIP's own tokenizer keeps punctuation; one that has rarely or never seen it takes "red ball!" for something else.
+
+    Args:
+        term (`str`): Names something in a picture.
+
+    Returns:
+        `str`: The cleaned term, `""` if nothing but punctuation was in it.
+    """
+    term = _plain(term).lower()
+    punctuation = "".join(sign for sign in term if unicodedata.category(sign).startswith("P"))
+    words = (word.strip(punctuation) for word in term.split())
+    return " ".join(word for word in words if word)
+
+
 def difference_term(caption: str, other_caption: str) -> str:
     """The words of `caption` that `other_caption` changes: y_1^diff of Sec. 3.4 (swap the arguments for y_2^diff).
 
@@ -48,7 +72,7 @@ def difference_term(caption: str, other_caption: str) -> str:
     Returns:
         `str`: The difference term, or `""` where the captions differ in no word that names something.
     """
-    words, other_words = (re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text) for text in (caption, other_caption))
+    words, other_words = (re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", _plain(text)) for text in (caption, other_caption))
     matcher = SequenceMatcher(
         a=[word.lower() for word in words], b=[word.lower() for word in other_words], autojunk=False
     )
@@ -81,13 +105,14 @@ def segment(mask_model, mask_processor, images: list[Image.Image], terms: list[s
         mask_model (`CLIPSegForImageSegmentation`): The segmentation model.
         mask_processor (`CLIPSegProcessor`): Its processor.
         images (`list[PIL.Image.Image]`): B RGB images of one size, H x W.
-        terms (`list[str]`): One term an image.
+        terms (`list[str]`): One term an image, cleaned by `clean_term` here.
         device (`torch.device`, *optional*): Where the model runs; its own device by default.
 
     Returns:
         `torch.Tensor`: Probabilities in [0, 1], float32 on the CPU, shape (B, 1, H, W).
     """
     device = device or mask_model.device
+    terms = [clean_term(term) for term in terms]
     inputs = mask_processor(text=terms, images=images, padding=True, truncation=True, return_tensors="pt")
     inputs = inputs.to(device)
     logits = mask_model(

@@ -36,7 +36,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from .masking_iedit import difference_term, dilate, feather, segment
+from .masking_iedit import clean_term, difference_term, dilate, feather, segment
 from .scheduling_iedit import IEditMaskedScheduler
 
 
@@ -80,8 +80,9 @@ class IEditPipelineOutput(BaseOutput):
             Whether the safety checker blacked the image out; `None` without a safety checker.
     """
 
-    images: list[Image.Image] | np.ndarray | torch.Tensor
-    masks: list[Image.Image] | np.ndarray | torch.Tensor | None
+    # `Any` stands for arrays and tensors: which of the three it is, `output_type` decides at run time.
+    images: list[Image.Image] | Any
+    masks: list[Image.Image] | Any | None
     nsfw_content_detected: list[bool] | None
 
 
@@ -97,7 +98,7 @@ def _upright_8bit(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")  # type: ignore[return-value]
     if image.mode in ("RGBa", "La"):
         return image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
     return image
@@ -158,6 +159,8 @@ def _read_mask(mask) -> list[torch.Tensor]:
             "`mask_image` has to be a PIL image, a numpy array, a torch tensor or a list of these, but contains"
             f" {type(mask).__name__}."
         )
+    if 0 in mask.shape:
+        raise ValueError(f"`mask_image` has no pixels: its shape is {tuple(mask.shape)}.")
     if mask.dtype in (np.uint8, torch.uint8) and mask.max() == 1:
         raise ValueError(
             "`mask_image` is uint8 with values 0 and 1 only, where 255 means edit; pass it as bool or float instead."
@@ -175,6 +178,54 @@ def _read_mask(mask) -> list[torch.Tensor]:
             f" has {tuple(mask.shape)}."
         )
     return [entry[None] for entry in tensor]
+
+
+def _check_texts(**texts):
+    for name, text in texts.items():
+        for entry in () if text is None else _as_list(text):
+            if not isinstance(entry, str):
+                swapped = "; the image comes first: `pipe(image, prompt)`" if name == "prompt" else ""
+                raise TypeError(
+                    f"`{name}` has to be a string or a list of strings, but contains {type(entry).__name__}{swapped}."
+                )
+
+
+def _check_scheduler(scheduler):
+    # Flow matching schedulers have `scale_noise` instead: their straight line to the noise is not what the UNet knows.
+    if not hasattr(scheduler, "add_noise"):
+        raise TypeError(
+            "`scheduler` has to be one for diffusion models, such as DDIMScheduler or EulerDiscreteScheduler, but"
+            f" {type(scheduler).__name__} has no `add_noise`: it is for flow matching or another kind of model."
+        )
+
+
+def _check_finite(values: torch.Tensor, what: str, way_out: str):
+    """Raise before NaN or infinity becomes a black picture. `values`: (N, ...), one entry a result."""
+    finite = values.isfinite().flatten(1).all(dim=1).tolist()
+    if not all(finite):
+        results = ", ".join(str(index) for index, is_finite in enumerate(finite) if not is_finite)
+        raise FloatingPointError(f"{what} NaN or infinity in result {results} of {len(finite)} (from 0). {way_out}")
+
+
+def _float16_way_out(name: str, model) -> str:
+    if model.dtype == torch.float16:
+        return (
+            f"In float16 nothing above 65504 has a number: run it in float32, `pipe.{name}.to(torch.float32)`, or load"
+            " the pipeline in bfloat16."
+        )
+    return f"It ran in {str(model.dtype).removeprefix('torch.')}, so the weights of `{name}` may be damaged."
+
+
+def _denoising_way_out(scheduler, unet, strength: float) -> str:
+    config = scheduler.config
+    if config.get("rescale_betas_zero_snr") and config.prediction_type == "epsilon" and strength == 1:
+        return (
+            "At `strength` 1 a scheduler with `rescale_betas_zero_snr` starts from pure noise, out of which a model"
+            ' that predicts noise ("epsilon") computes no image: pass a `strength` below 1 or a scheduler without it.'
+        )
+    if unet.dtype == torch.float16:
+        return "In float16 nothing above 65504 has a number: load the pipeline in float32 or bfloat16."
+    return "Try another `scheduler`, more `num_inference_steps` or a smaller `guidance_scale`."
 
 
 class IEditPipeline(StableDiffusionImg2ImgPipeline):
@@ -259,6 +310,8 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
                 f"`unet` has to take the {vae.config.latent_channels} latent channels of `vae`, but takes"
                 f" {unet.config.in_channels}: it is made for inpainting or another task."
             )
+        if scheduler is not None:
+            _check_scheduler(scheduler)
         self.register_modules(
             mask_model=mask_model,
             mask_processor=mask_processor,
@@ -349,6 +402,10 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             )
         if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` has to be a finite number, but is {guidance_scale!r}.")
+        _check_scheduler(self.scheduler)
+        _check_texts(
+            prompt=prompt, negative_prompt=negative_prompt, mask_prompt=mask_prompt, source_prompt=source_prompt
+        )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
         super().check_inputs(
@@ -475,10 +532,12 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
                         f"`source_prompt` {caption!r} and `prompt` {text!r} differ in no word that names a thing, so"
                         " there is no region to look for."
                     )
+                logger.info(f"Looking for {term!r}: what the prompt changes in {caption!r}.")
         for term in terms:
-            if not isinstance(term, str) or not term.strip():
+            if not clean_term(term):
                 raise ValueError(f"`mask_prompt` has to name what to edit, but is {term!r}.")
         probability = segment(self.mask_model, self.mask_processor, images, terms, self._execution_device)
+        _check_finite(probability, "`mask_model` gives", _float16_way_out("mask_model", self.mask_model))
         mask = (probability > mask_threshold).float()
         for index, term in enumerate(terms):
             if not mask[index].any():
@@ -513,7 +572,7 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         mask_dilation: int = 0,
         mask_feather: int = 0,
         output_type: str = "pil",
-    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
+    ) -> list[Image.Image] | Any:
         """The mask that `__call__` would edit with, and nothing else (Sec. 3.4).
 
         Args:
@@ -533,6 +592,7 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             raise ValueError("Pass `mask_prompt`, or `source_prompt` together with `prompt`.")
         if source_prompt is not None and prompt is None:
             raise ValueError("`source_prompt` is compared with `prompt`, which was not passed.")
+        _check_texts(prompt=prompt, mask_prompt=mask_prompt, source_prompt=source_prompt)
         self._check_mask_choice(None, mask_prompt, source_prompt)
         self._check_pixels("mask_dilation", mask_dilation, 0)
         self._check_pixels("mask_feather", mask_feather, 0)
@@ -546,7 +606,8 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         if processing_resolution is None:
             return size
         IEditPipeline._check_pixels("processing_resolution", processing_resolution, MIN_IMAGE_SIZE)
-        return tuple(max(round(side * processing_resolution / max(size)), 1) for side in size)
+        height, width = (max(round(side * processing_resolution / max(size)), 1) for side in size)
+        return height, width
 
     @staticmethod
     def _resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -574,13 +635,13 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         if output_type != "pil" and any(alpha is not None for alpha in alphas):
             opaque = torch.ones_like(images[0, :1])
             alphas = [opaque if alpha is None else alpha for alpha in alphas]
-        images = [
+        with_alpha = [
             image if alpha is None else torch.cat([image, alpha.to(image)])
             for image, alpha in zip(images, alphas, strict=True)
         ]
         if output_type == "pil":
-            return [self._postprocess(image[None], "pil")[0] for image in images]
-        return self._postprocess(torch.stack(images), output_type)
+            return [self._postprocess(image[None], "pil")[0] for image in with_alpha]
+        return self._postprocess(torch.stack(with_alpha), output_type)
 
     def _output_masks(self, mask: torch.Tensor, output_type: str):
         return self._postprocess(mask, "pt" if output_type == "latent" else output_type)
@@ -602,7 +663,8 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Source latents and noise, both (B * n, 4, h, w).
         """
-        image = image.to(device=device, dtype=dtype)
+        # The VAE alone may run in another precision than the rest.
+        image = image.to(device=device, dtype=dtype if self._is_latents(image) else self.vae.dtype)
         batch_size = len(image) * num_images_per_prompt
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
@@ -611,16 +673,18 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         if self._is_latents(image):
             latents = image
         elif isinstance(generator, list):
-            latents = []
+            each: list[torch.Tensor] = []
             for index, entry in enumerate(image.split(1)):
                 encoded = self.vae.encode(entry)
                 own_generators = generator[index * num_images_per_prompt : (index + 1) * num_images_per_prompt]
-                latents += [retrieve_latents(encoded, own_generator) for own_generator in own_generators]
-            latents = self.vae.config.scaling_factor * torch.cat(latents)
+                each += [retrieve_latents(encoded, own_generator) for own_generator in own_generators]
+            latents = self.vae.config.scaling_factor * torch.cat(each)
         else:
             latents = self.vae.config.scaling_factor * retrieve_latents(self.vae.encode(image), generator)
         if len(latents) < batch_size:
             latents = latents.repeat_interleave(num_images_per_prompt, dim=0)
+        latents = latents.to(dtype)
+        _check_finite(latents, "The latents of `image` hold", _float16_way_out("vae", self.vae))
         noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=dtype)
         return latents, noise
 
@@ -654,9 +718,9 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
         clip_skip: int | None = None,
-        callback_on_step_end: Callable[[int, int], None] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-    ) -> IEditPipelineOutput | tuple:
+    ) -> IEditPipelineOutput | Any:
         r"""Edit `image` towards `prompt`, inside the mask if one is asked for.
 
         A batch is a list (or array, or tensor) of B images of one size; every argument that can be a list then holds
@@ -720,6 +784,7 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         Raises:
             `ValueError` or `TypeError`: For arguments that do not fit; the message names the argument, what was
             expected and what came.
+            `FloatingPointError`: If an edit comes out as NaN or infinity; the message says where, and what helps.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -772,7 +837,7 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             prompt_embeds = prompt_embeds.repeat(batch_size, 1, 1)
             if negative_prompt_embeds is not None:
                 negative_prompt_embeds = negative_prompt_embeds.repeat(batch_size, 1, 1)
-        if num_images < batch_size and pixels is not None:
+        if num_images < batch_size and pixels is not None and alphas is not None:
             pixels, alphas = pixels.expand(batch_size, -1, -1, -1), alphas * batch_size
         elif num_images < batch_size:
             image = image.expand(batch_size, -1, -1, -1)
@@ -851,7 +916,7 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         latents, noise = self.prepare_source_latents(
             image, num_images_per_prompt, prompt_embeds.dtype, device, generator
         )
-        latents = scheduler.add_noise(latents, noise, timesteps[:1].repeat(num_results))
+        latents = scheduler.add_noise(latents, noise, scheduler.timesteps[first_step].repeat(num_results))
 
         # 8. Prepare extra step kwargs and, for distilled models, the guidance embedding
         extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
@@ -896,13 +961,16 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
                 if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % scheduler.order == 0):
                     progress_bar.update()
 
+        _check_finite(latents, "The denoised latents hold", _denoising_way_out(scheduler, self.unet, strength))
+
         # 10. Decode (Eq. 6) and set the edited region into the source's own pixels
         if mask is not None:
             mask = feather(mask, mask_feather).repeat_interleave(num_images_per_prompt, dim=0)
         images, has_nsfw_concept = latents, None
         if output_type != "latent":
-            latents = latents / self.vae.config.scaling_factor
+            latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
             images = self.vae.decode(latents, return_dict=False, generator=generator)[0]
+            _check_finite(images, "The decoded picture holds", _float16_way_out("vae", self.vae))
             images, has_nsfw_concept = self.run_safety_checker(images, device, prompt_embeds.dtype)
             is_safe = [not nsfw for nsfw in has_nsfw_concept or [False] * num_results]
             images = self.image_processor.postprocess(images, "pt", do_denormalize=is_safe)

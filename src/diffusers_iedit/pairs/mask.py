@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
+from ..masking_iedit import clean_term
 from .models import ModelStage, decode, load, place
 
 
@@ -67,9 +68,8 @@ class SegmentTerms(ModelStage):
         """`image` (B encoded images) and `term` (B strings) -> what the model takes, and the images' sizes."""
         images = decode(batch["image"])
         # Padding to one length, so that a mask does not depend on its neighbours in the batch.
-        inputs = self.processor(
-            text=batch["term"], images=images, padding="max_length", truncation=True, return_tensors="pt"
-        )
+        terms = [clean_term(term) for term in batch["term"]]
+        inputs = self.processor(text=terms, images=images, padding="max_length", truncation=True, return_tensors="pt")
         return {"inputs": inputs, "sizes": [(image.height, image.width) for image in images]}
 
     @torch.inference_mode()
