@@ -7,16 +7,18 @@ import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_models
-from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLImg2ImgPipeline
+import torch
+from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, StableDiffusionXLImg2ImgPipeline
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image, ImageDraw
 
-from diffusers_iedit import IEditPipeline, cli, mini
+from diffusers_iedit import IEditPipeline, __version__, cli, mini
 
 
 @pytest.fixture(scope="module")
@@ -273,9 +275,47 @@ def test_no_metadata_is_copied_and_the_picture_is_upright(folder, iedit, extensi
         assert 0x0112 not in image.getexif()
 
 
-def test_the_picture_itself_may_be_overwritten(folder, iedit):
-    iedit(f"edit in.png car -o in.png {QUICK}")
-    assert Image.open("in.png").size == (64, 48)
+def test_a_result_of_an_earlier_run_is_replaced(folder, iedit):
+    Image.new("RGB", (2, 2)).save("out.png")
+    iedit(f"edit in.png car -o out.png {QUICK}")
+    assert Image.open("out.png").size == (64, 48)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"iedit {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("source_prompt", "looked_for"),
+    [("a blue car", "'blue car': what the prompt changes in 'a blue car'"), ("auto", "")],
+)
+@pytest.mark.parametrize("command", [["edit", "in.png", "a zebra in a hat"], ["mask", "in.png"]])
+def test_the_caption_and_the_term_that_is_looked_for_are_said(
+    folder, model, capfd, command, source_prompt, looked_for
+):
+    prompt = ["--prompt", "a zebra in a hat"] if command[0] == "mask" else QUICK.split()
+    options = ["-o", "out.png", "--mask-threshold", "0.01", "--model", str(model), "--source-prompt", source_prompt]
+    assert cli.main([*command, *prompt, *options]) == 0
+    out, err = capfd.readouterr()
+    assert out.count("\n") == 1
+    assert re.search(r"^Looking for '[a-z ]+': what the prompt changes in '[a-z ]+'\.$", err, re.MULTILINE)
+    assert looked_for in err
+
+
+def test_the_caption_is_said_where_nothing_is_found(folder, model, capfd):
+    Image.new("RGB", (64, 48), "red").save("in.png")
+    options = ["-o", "o.png", "--source-prompt", "auto", "--mask-threshold", "0.9999", "--model", str(model)]
+    assert cli.main(["edit", "in.png", "a zebra", *options]) == 2
+    assert "what the prompt changes in '" in capfd.readouterr().err
+
+
+def test_device(folder, iedit, model, capfd):
+    iedit(f"edit in.png car -o chosen.png --device cpu --seed 1 {QUICK}")
+    iedit(f"edit in.png car -o default.png --seed 1 {QUICK}")
+    if not torch.cuda.is_available():
+        assert (folder / "chosen.png").read_bytes() == (folder / "default.png").read_bytes()
 
 
 # Files that cannot be read or written
@@ -331,6 +371,22 @@ def test_a_failed_write_leaves_nothing_half_done(folder, model, monkeypatch, cap
     assert err.splitlines()[-1].startswith("iedit edit: ")
     assert sorted(folder.iterdir()) == before
     assert (folder / "out.png").read_bytes() == b"what was there before"
+
+
+@pytest.mark.parametrize("out", ["in.png", "./in.png", "link.png", "hard.png"])
+@pytest.mark.parametrize("command", [["edit", "in.png", "car"], ["mask", "in.png", "--mask-prompt", "car"]])
+def test_the_picture_itself_is_not_replaced(folder, refused_at_once, out, command):
+    (folder / "link.png").symlink_to("in.png")
+    (folder / "hard.png").hardlink_to("in.png")
+    assert f"{Path(out)}: is in.png, which is read and would be lost" in refused_at_once(*command, "-o", out)
+
+
+def test_what_is_read_is_replaced_by_no_numbered_result_and_no_mask_either(folder, refused_at_once):
+    (folder / "in.png").rename(folder / "photo-2.png")
+    message = refused_at_once("edit", "photo-2.png", "car", "-o", "photo.png", "--num-images", "2")
+    assert "photo-2.png: is photo-2.png, which is read" in message
+    message = refused_at_once("edit", "photo-2.png", "car", "--mask", "mask.png", "-o", "mask.png")
+    assert "mask.png: is mask.png, which is read" in message
 
 
 # Arguments that make no sense
@@ -435,6 +491,33 @@ def test_nothing_found(folder, refused, model, command):
 def test_prompts_that_do_not_differ(refused, model):
     message = refused("mask", "in.png", "-o", "o.png", "--source-prompt", "a", "--prompt", "the", "--model", model)
     assert "differ in no word" in message
+
+
+@pytest.mark.parametrize("device", [name for name in ("cuda", "mps") if not getattr(torch, name).is_available()])
+def test_a_device_that_is_not_there(refused, device):
+    message = refused("edit", "in.png", "car", "-o", "o.png", "--model", "mini", "--device", device)
+    assert f"--device {device}: PyTorch finds no such device here" in message
+
+
+def test_an_edit_that_comes_out_as_nan(refused, model, tmp_path_factory):
+    pipe = IEditPipeline.from_pretrained(model)
+    pipe.scheduler = DDIMScheduler(
+        rescale_betas_zero_snr=True, timestep_spacing="trailing", steps_offset=1, clip_sample=False
+    )
+    folder = tmp_path_factory.mktemp("zero-snr")
+    pipe.save_pretrained(folder)
+    argv = ["edit", "in.png", "car", "-o", "out.png", "--model", folder, "--steps", "4"]
+    assert "The denoised latents hold NaN or infinity" in refused(*argv, "--strength", "1")
+    assert cli.main([*map(str, argv), "--strength", "0.75"]) == 0
+
+
+def test_a_gpu_without_enough_memory(refused, model, monkeypatch):
+    def run(self, **given):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(IEditPipeline, "__call__", run)
+    message = refused("edit", "in.png", "car", "-o", "out.png", "--model", model)
+    assert "too little memory: take a smaller --processing-resolution" in message
 
 
 def test_an_unexpected_error_keeps_its_traceback(folder, model, monkeypatch):

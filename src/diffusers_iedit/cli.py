@@ -11,11 +11,14 @@ import os
 import secrets
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+
+from . import __version__
 
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ MASK_MODEL = "CIDAS/clipseg-rd64-refined"
 CAPTIONER = "Salesforce/blip-image-captioning-large"
 
 # What each extension is written as. WebP is asked to be lossless, as the background is meant to stay exact.
-FORMATS = {
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
     ".webp": ("WEBP", {"lossless": True}),
     ".tif": ("TIFF", {}),
@@ -101,10 +104,11 @@ _PIXELS = _number(int, "at least 0", lambda pixels: pixels >= 0)
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="iedit", description="Change one thing in a picture and keep the rest.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{edit,mask,evaluate}")
 
     # Options left out are left out of the namespace too, which leaves their defaults to the pipeline.
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("image", type=Path, metavar="IMAGE", help="the picture")
     common.add_argument(
         "-o",
@@ -119,6 +123,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         default=DEFAULT_MODEL,
         help="a Hub id, a folder, or `mini` for the small models of the package (default: %(default)s)",
+    )
+    common.add_argument(
+        "--device",
+        choices=("cuda", "mps", "cpu"),
+        default=None,
+        help="where the models run, `cuda` in float16, the others in float32; `cpu` helps where a GPU has too little"
+        " memory or float16 overflows (default: the first of these that is there)",
     )
     common.add_argument(
         "--mask-threshold",
@@ -259,7 +270,7 @@ def _read_image(path: Path) -> Image.Image:
     return image
 
 
-def _output_paths(path: Path, num_images: int) -> list[Path]:
+def _output_paths(path: Path, num_images: int, inputs: tuple[Path, ...]) -> list[Path]:
     """OUT, or OUT-1 ... OUT-N; what would make writing them fail is found before any work is done."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder")
@@ -275,6 +286,9 @@ def _output_paths(path: Path, num_images: int) -> list[Path]:
     for numbered in paths:
         if numbered.is_dir():
             raise UserError(f"{numbered}: is a folder")
+        for given in inputs:
+            if numbered.exists() and given.exists() and numbered.samefile(given):
+                raise UserError(f"{numbered}: is {given}, which is read and would be lost; choose another OUT")
     return paths
 
 
@@ -356,21 +370,25 @@ def _reading(name: str):
         raise UserError(f"cannot load {name}: {type(error).__name__}: {error}") from error
 
 
-def _load_pipeline(name: str, edits: bool, finds_mask: bool, captions: bool) -> "IEditPipeline":
-    """The pipeline of `--model`, as far as the run needs it, and from the Hub what it lacks to find a mask."""
-    _import_libraries()
+def _choose_device(device: str | None):
+    """The device, that of `--device` or the best there is, and the precision that goes with it."""
     import torch
 
+    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = device or next(name for name in is_there if is_there[name])
+    if not is_there[device]:
+        raise UserError(f"--device {device}: PyTorch finds no such device here")
+    return device, torch.float16 if device == "cuda" else torch.float32
+
+
+def _load_pipeline(name: str, device: str | None, edits: bool, finds_mask: bool, captions: bool) -> "IEditPipeline":
+    """The pipeline of `--model`, as far as the run needs it, and from the Hub what it lacks to find a mask."""
+    _import_libraries()
     from . import mini
     from .pipeline import IEditPipeline
 
-    device, dtype = "cpu", torch.float32
-    if torch.cuda.is_available():
-        device, dtype = "cuda", torch.float16
-    elif torch.backends.mps.is_available():
-        device = "mps"
-
-    left_out = {} if edits else {"requires_safety_checker": False}
+    device, dtype = _choose_device(device)
+    left_out: dict[str, bool | None] = {} if edits else {"requires_safety_checker": False}
     for needed, components in ((edits, EDITING), (finds_mask, MASKING), (captions, CAPTIONING)):
         if not needed:
             left_out |= dict.fromkeys(components)
@@ -405,22 +423,45 @@ def _load_extra(name: str, model_class, processor_class, dtype):
 
 
 @contextlib.contextmanager
-def _pipeline_errors():
-    """Make user errors of the `ValueError`s with which pipeline and scheduler refuse arguments, and of no others."""
+def _notes():
+    """The package's notes, such as which term is looked for, go to stderr, and not its warnings alone."""
+    log, handler = logging.getLogger(__package__), logging.StreamHandler()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     try:
         yield
+    finally:
+        log.setLevel(logging.NOTSET)
+        log.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def _pipeline_errors(pipe: "IEditPipeline"):
+    """Make user errors of the `ValueError`s with which pipeline and scheduler refuse arguments, and of what a device
+    lacks, memory or precision; of no others.
+    """
+    import torch
+
+    try:
+        yield
+    except FloatingPointError as error:
+        hint = " `--device cpu` runs in float32." if pipe.dtype == torch.float16 else ""
+        raise UserError(f"{error}{hint}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU has too little memory: take a smaller --processing-resolution, fewer --num-images or --device cpu"
+        ) from error
     except ValueError as error:
-        traceback = error.__traceback__
-        while traceback.tb_next is not None:
-            traceback = traceback.tb_next
-        if traceback.tb_frame.f_globals["__name__"].partition(".")[0] not in ("diffusers", __package__):
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals["__name__"].partition(".")[0] not in ("diffusers", __package__):
             raise
         raise UserError(str(error)) from error
 
 
 def _edit(args: argparse.Namespace) -> tuple[str, str]:
     """Edit and save. Returns what the printed line says before and after the seconds."""
-    paths = _output_paths(args.output, args.num_images)
+    inputs = (args.image, args.mask) if hasattr(args, "mask") else (args.image,)
+    paths = _output_paths(args.output, args.num_images, inputs)
     image = _read_image(args.image)
     given = {name: getattr(args, name) for name in EDIT_ARGUMENTS if hasattr(args, name)}
     if hasattr(args, "mask"):
@@ -429,6 +470,7 @@ def _edit(args: argparse.Namespace) -> tuple[str, str]:
 
     pipe = _load_pipeline(
         args.model,
+        args.device,
         edits=True,
         finds_mask="mask_prompt" in given or "source_prompt" in given,
         captions=given.get("source_prompt") == "auto",
@@ -444,7 +486,7 @@ def _edit(args: argparse.Namespace) -> tuple[str, str]:
     seeds = range(first_seed, first_seed + args.num_images)
     # Drawn on the CPU, a seed gives the same noise on every device.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with _pipeline_errors():
+    with _notes(), _pipeline_errors(pipe):
         output = pipe(image=image, num_images_per_prompt=args.num_images, generator=generators, **given)
     for result, path in zip(output.images, paths, strict=True):
         _save(result, path)
@@ -457,14 +499,14 @@ def _mask(args: argparse.Namespace) -> tuple[str, str]:
     """Predict a mask and save it. Returns as `_edit` does."""
     if hasattr(args, "source_prompt") != hasattr(args, "prompt"):
         raise UserError("--source-prompt and --prompt belong together: the words that differ are looked for")
-    (path,) = _output_paths(args.output, 1)
+    (path,) = _output_paths(args.output, 1, (args.image,))
     image = _read_image(args.image)
     _check_model(args.model)
     given = {name: getattr(args, name) for name in MASK_ARGUMENTS if hasattr(args, name)}
 
     captions = given.get("source_prompt") == "auto"
-    pipe = _load_pipeline(args.model, edits=False, finds_mask=True, captions=captions)
-    with _pipeline_errors():
+    pipe = _load_pipeline(args.model, args.device, edits=False, finds_mask=True, captions=captions)
+    with _notes(), _pipeline_errors(pipe):
         (mask,) = pipe.predict_mask(image, **given)
     _save(mask, path)
     return str(path), ""
