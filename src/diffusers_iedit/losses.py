@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,11 @@ from huggingface_hub.errors import HFValidationError
 from PIL.Image import Resampling
 from safetensors import SafetensorError, safe_open
 from torch import nn
+
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, AutoencoderTiny
+    from transformers import CLIPImageProcessor, CLIPModel
 
 
 # What is divided by at the least, so that both ends of any schedule are finite: by 1 - alpha_bar in Eq. 3, by
@@ -282,7 +287,7 @@ class LatentDecoder(nn.Module):
             decoders that overflow in float16 (SDXL's) want bfloat16.
     """
 
-    def __init__(self, vae: nn.Module):
+    def __init__(self, vae: "AutoencoderKL | AutoencoderTiny"):
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)
 
@@ -306,7 +311,10 @@ class CLIPImageEmbedder(nn.Module):
             the centre, and normalise.
     """
 
-    def __init__(self, clip: nn.Module, processor):
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, clip: "CLIPModel", processor: "CLIPImageProcessor"):
         super().__init__()
         steps = (processor.do_resize, processor.do_center_crop, processor.do_rescale, processor.do_normalize)
         self.size, crop = processor.size["shortest_edge"], processor.crop_size
@@ -358,6 +366,9 @@ class VGG16Features(nn.Module):
     # Convolutions in each of the blocks, which end in a max-pooling, and their channels in terms of the first block's.
     BLOCKS = ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(
         self,
         layers: Sequence[str] = ("relu1_2", "relu2_2", "relu3_3", "relu4_3"),
@@ -395,7 +406,7 @@ class VGG16Features(nn.Module):
             ValueError: If there is no such model, or a layer's weights are missing or of another shape.
         """
         try:
-            file = Path(model) / "model.safetensors"
+            file: str | Path = Path(model) / "model.safetensors"
             if not Path(model).is_dir():
                 file = hf_hub_download(str(model), "model.safetensors")
             with safe_open(file, framework="pt") as weights:
@@ -410,7 +421,7 @@ class VGG16Features(nn.Module):
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> the activations of the layers, shallow ones first, each (B, C, H', W')."""
-        hidden = ((image - self.mean) / self.std).to(self.features[0].weight.dtype)
+        hidden = ((image - self.mean) / self.std).to(next(self.parameters()).dtype)
         activations = []
         for position, module in enumerate(self.features):
             hidden = module(hidden)
@@ -499,7 +510,7 @@ class IEditLoss:
         self.overlap_masks = overlap_masks
         self.noise_latents, self.target, self.predict_latents = PREDICTION_TYPES[prediction_type]
         self.num_train_timesteps = num_train_timesteps
-        self.networks = {"decode": decode, "embed_image": embed_image, "features": features}
+        self.networks: dict[str, Any] = {"decode": decode, "embed_image": embed_image, "features": features}
 
     def __call__(
         self,
@@ -538,8 +549,7 @@ class IEditLoss:
         Raises:
             ValueError: If a term lacks what it needs, or shapes do not fit.
         """
-        decode, embed_image, features = self.networks.values()
-        inputs = {
+        given = self.networks | {
             "source_mask": source_mask,
             "target_mask": target_mask,
             "target_image": target_image,
@@ -547,7 +557,7 @@ class IEditLoss:
             "term_embeds": term_embeds,
         }
         for term in self.terms:
-            if missing := [name for name in self.NEEDS[term] if (self.networks | inputs)[name] is None]:
+            if missing := [name for name in self.NEEDS[term] if given[name] is None]:
                 raise ValueError(f"The term {term!r} needs `{'`, `'.join(missing)}`.")
 
         losses = {}
@@ -558,20 +568,23 @@ class IEditLoss:
         if "paired" in self.terms:
             losses["paired"] = paired_loss(model_pred, noise_2)
         if "mask" in self.terms:
-            edit_mask = source_mask * target_mask if self.overlap_masks else target_mask
-            losses["mask"] = masked_loss(model_pred, noise_1, noise_2, source_mask, edit_mask, self.background_weight)
+            mask_1, mask_2 = given["source_mask"], given["target_mask"]
+            edit_mask = mask_1 * mask_2 if self.overlap_masks else mask_2
+            losses["mask"] = masked_loss(model_pred, noise_1, noise_2, mask_1, edit_mask, self.background_weight)
 
         if {"loc", "global", "perc"} & set(self.terms):
-            image = decode(self.predict_latents(noisy_latents, model_pred, level))
+            image = given["decode"](self.predict_latents(noisy_latents, model_pred, level))
         if "global" in self.terms:
-            losses["global"] = clip_distance(embed_image(image), prompt_embeds)
+            losses["global"] = clip_distance(given["embed_image"](image), given["prompt_embeds"])
         if "loc" in self.terms:
-            losses["loc"] = clip_distance(embed_image(image * _mask(source_mask, "source_mask", image)), term_embeds)
+            masked = image * _mask(given["source_mask"], "source_mask", image)
+            losses["loc"] = clip_distance(given["embed_image"](masked), given["term_embeds"])
         if "perc" in self.terms:
-            losses["perc"] = perceptual_loss(features, image, target_image, source_mask, target_mask)
+            names = ("target_image", "source_mask", "target_mask")
+            losses["perc"] = perceptual_loss(given["features"], image, *(given[name] for name in names))
 
         t = timesteps / self.num_train_timesteps
         of_noise = t if noise_weight is None else t * noise_weight
-        weights = {"loc": 1 - t, "global": 1 - t, "perc": self.lambda_perc}
+        weights: dict[str, Any] = {"loc": 1 - t, "global": 1 - t, "perc": self.lambda_perc}
         weights |= dict.fromkeys(("mask", "paired", "ldm"), of_noise)
-        return sum(weights[term] * loss for term, loss in losses.items()), losses
+        return sum((weights[term] * loss for term, loss in losses.items()), start=torch.zeros(())), losses

@@ -44,10 +44,13 @@ def view(image: Image.Image, region: Region = None) -> Image.Image:
     elif isinstance(region, str):
         box = (0, 0, width // 2, height) if region == "left" else (width // 2, 0, width, height)
     else:
-        left, top, right, bottom = region.getbbox()
+        bounds = region.getbbox()
+        if bounds is None:
+            raise ValueError("`region` is a mask without a white pixel, so there is nothing to look at.")
+        left, top, right, bottom = bounds
         half = 0.6 * max(right - left, bottom - top)
         x, y = (left + right) / 2, (top + bottom) / 2
-        box = tuple(round(edge) for edge in (x - half, y - half, x + half, y + half))
+        box = (round(x - half), round(y - half), round(x + half), round(y + half))
     return image.crop(box).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
 
 
@@ -86,7 +89,7 @@ class Judge(torch.nn.Module):
         regions = regions or [None] * len(images)
         pixels = np.stack([np.asarray(view(image, region)) for image, region in zip(images, regions, strict=True)])
         views = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
-        chosen = [logits.argmax(1).tolist() for logits in self(views.to(self.heads[0].weight.device))]
+        chosen = [logits.argmax(1).tolist() for logits in self(views.to(next(self.parameters()).device))]
         names = list(NOUNS), list(COLOURS), list(SCENES)
         return [
             Verdict(*(name[index] for name, index in zip(names, row, strict=True)))
