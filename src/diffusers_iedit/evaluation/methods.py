@@ -183,7 +183,10 @@ class Method:
             **others,
         ).images
         if not np.isfinite(pixels).all():
-            raise FloatingPointError("the edited image holds NaN or infinity.")
+            raise FloatingPointError(
+                "the edited image holds NaN or infinity; float32 or bfloat16 may help, or a `scheduler` without"
+                " `rescale_betas_zero_snr`."
+            )
         # Stock pipelines round sizes down to what the VAE takes.
         size = examples[0].image.size
         return [image if image.size == size else image.resize(size) for image in numpy_to_pil(pixels)]
