@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from PIL import Image, ImageDraw
 
 from diffusers_iedit import IEditPipeline, cli, mini
+from diffusers_iedit.evaluation import runner
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +278,40 @@ def test_the_picture_itself_may_be_overwritten(folder, iedit):
     assert Image.open("in.png").size == (64, 48)
 
 
+def test_lists_of_an_evaluation_that_are_given_twice_add_up(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(runner, "evaluate", lambda **given: calls.append(given) or {})
+    argv = ["evaluate", "--data", "mini", "--output-dir", str(tmp_path / "out"), "--model", "mini"]
+    assert cli.main(argv) == 0
+    twice = [
+        "--networks",
+        "clip=mini",
+        "--networks",
+        "fid=mini,dino=my/dino",
+        "--metrics",
+        "ssim",
+        "--metrics",
+        "psnr",
+    ]
+    twice += ["--methods", "iedit", "--methods", "sdedit", "--strengths", "0.3,0.5", "--strengths", "0.7"]
+    assert cli.main([*argv, *twice]) == 0
+    once, added = calls
+    assert once["networks"] is None
+    assert once["methods"] == ["sdedit", "sdedit-m", "iedit", "iedit-m"]
+    assert "metrics" not in once
+    assert added["networks"] == {"clip": "mini", "fid": "mini", "dino": "my/dino"}
+    assert added["metrics"] == ["ssim", "psnr"]
+    assert added["methods"] == ["iedit", "sdedit"]
+    assert added["strengths"] == [0.3, 0.5, 0.7]
+
+
+def test_help_names_the_values_of_networks(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["evaluate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "PART is clip, fid, lpips or dino; NAME is a Hub id, a folder, or, for clip and fid, `mini`" in text
+
+
 # Files that cannot be read or written
 
 
@@ -510,7 +545,7 @@ def test_model_of_another_kind(refused, tmp_path_factory, pipeline_class, compon
     assert f"--model '{folder}' gives no usable Stable Diffusion 1.x or 2.x: `unet` has to" in message
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "nowhere/", "a model", "a-model"])
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "nowhere/", "a model", "a-model", 300 * "m"])
 def test_model_that_is_neither_a_folder_nor_an_id(refused_at_once, name):
     said = refused_at_once("edit", "in.png", "car", "-o", "o.png", "--model", name)
     assert f"--model '{name}': there is no such folder or model (it takes a folder, a Hub id" in said

@@ -10,6 +10,7 @@ import difflib
 import inspect
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -61,9 +62,10 @@ def usable(argument: str, name: str | Path, kind: str) -> Iterator[None]:
 def _near(name: str, shipped: Iterable[str]) -> str:
     """The end of a message: what is called nearly so."""
     path = Path(name)
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    beside = path.parent.iterdir() if os.access(path.parent, os.R_OK) and os.path.isdir(path.parent) else ()
     files = ("model_index.json", "config.json", "model.safetensors")
-    names = {folder.name: str(folder) for folder in beside if any((folder / file).is_file() for file in files)}
+    # `os.path`, as what may not be looked into is no error here.
+    names = {folder.name: str(folder) for folder in beside if any(os.path.isfile(folder / file) for file in files)}
     names |= {each: each for each in shipped}
     found = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {names[found[0]]!r}?" if found else ""
@@ -83,9 +85,9 @@ def find(name: str | Path, argument: str, shipped: Iterable[str]) -> Path | None
     name = str(name)
     if name in shipped:
         return None
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
-    if Path(name).exists():
+    if os.path.exists(name):
         raise ValueError(f"{argument} {name!r} is a file, and has to be a folder or a Hub id.")
     if not _HUB_ID.fullmatch(name):
         takes = ", ".join(["a folder", "a Hub id (OWNER/NAME)", *shipped])
