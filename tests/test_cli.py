@@ -15,10 +15,10 @@ import tiny_models
 import torch
 from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, StableDiffusionXLImg2ImgPipeline
 from huggingface_hub import constants
-from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image, ImageDraw
 
 from diffusers_iedit import IEditPipeline, __version__, cli, mini
+from diffusers_iedit.evaluation import runner
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +318,40 @@ def test_device(folder, iedit, model, capfd):
         assert (folder / "chosen.png").read_bytes() == (folder / "default.png").read_bytes()
 
 
+def test_lists_of_an_evaluation_that_are_given_twice_add_up(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(runner, "evaluate", lambda **given: calls.append(given) or {})
+    argv = ["evaluate", "--data", "mini", "--output-dir", str(tmp_path / "out"), "--model", "mini"]
+    assert cli.main(argv) == 0
+    twice = [
+        "--networks",
+        "clip=mini",
+        "--networks",
+        "fid=mini,dino=my/dino",
+        "--metrics",
+        "ssim",
+        "--metrics",
+        "psnr",
+    ]
+    twice += ["--methods", "iedit", "--methods", "sdedit", "--strengths", "0.3,0.5", "--strengths", "0.7"]
+    assert cli.main([*argv, *twice]) == 0
+    once, added = calls
+    assert once["networks"] is None
+    assert once["methods"] == ["sdedit", "sdedit-m", "iedit", "iedit-m"]
+    assert "metrics" not in once
+    assert added["networks"] == {"clip": "mini", "fid": "mini", "dino": "my/dino"}
+    assert added["metrics"] == ["ssim", "psnr"]
+    assert added["methods"] == ["iedit", "sdedit"]
+    assert added["strengths"] == [0.3, 0.5, 0.7]
+
+
+def test_help_names_the_values_of_networks(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["evaluate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "PART is clip, fid, lpips or dino; NAME is a Hub id, a folder, or, for clip and fid, `mini`" in text
+
+
 # Files that cannot be read or written
 
 
@@ -556,18 +590,28 @@ def broken(model, tmp_path_factory):
 def test_corrupted_weights(refused, broken, name, content):
     folder = broken(name, content)
     argv = ["edit", "in.png", "car", "-o", "out.png", "--mask-prompt", "car"]
-    assert f"cannot load {folder}: " in refused(*argv, "--model", folder)
+    said = refused(*argv, "--model", folder)
+    assert (
+        f"--model '{folder}' gives no usable Stable Diffusion 1.x or 2.x: {name.replace('/', ': ')} is damaged" in said
+    )
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}"])
 def test_corrupted_model_index(refused, broken, content):
     folder = broken("model_index.json", lambda data: content)
-    assert f"cannot load {folder}: " in refused("edit", "in.png", "car", "-o", "out.png", "--model", folder)
+    said = refused("edit", "in.png", "car", "-o", "out.png", "--model", folder)
+    assert f"--model '{folder}' gives no usable Stable Diffusion 1.x or 2.x: model_index.json " in said
 
 
-@pytest.mark.parametrize("name", [".", "in.png"])
-def test_model_that_is_no_pipeline_folder(refused_at_once, name):
-    assert "no model_index.json" in refused_at_once("edit", "in.png", "car", "-o", "out.png", "--model", name)
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (".", "--model '.' is no folder of a diffusers pipeline, as it has no model_index.json"),
+        ("in.png", "--model 'in.png' is a file, and has to be a folder or a Hub id"),
+    ],
+)
+def test_model_that_is_no_pipeline_folder(refused_at_once, name, says):
+    assert says in refused_at_once("edit", "in.png", "car", "-o", "out.png", "--model", name)
 
 
 @pytest.mark.parametrize(
@@ -581,12 +625,32 @@ def test_model_of_another_kind(refused, tmp_path_factory, pipeline_class, compon
     folder = tmp_path_factory.mktemp("other")
     pipeline_class(**components()).save_pretrained(folder)
     message = refused("edit", "in.png", "car", "-o", "out.png", "--model", folder)
-    assert f"cannot load {folder}: ValueError: `unet` has to" in message
+    assert f"--model '{folder}' gives no usable Stable Diffusion 1.x or 2.x: `unet` has to" in message
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a model"])
-def test_model_that_is_neither_a_folder_nor_an_id(refused, offline, name):
-    assert "neither a folder nor a model id" in refused("edit", "in.png", "car", "-o", "o.png", "--model", name)
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "nowhere/", "a model", "a-model", 300 * "m"])
+def test_model_that_is_neither_a_folder_nor_an_id(refused_at_once, name):
+    said = refused_at_once("edit", "in.png", "car", "-o", "o.png", "--model", name)
+    assert f"--model '{name}': there is no such folder or model (it takes a folder, a Hub id" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("mini-bass", "mini-base"), ("tiney/", "tiny"), ("./sub/tiney", "sub/tiny"), ("sub/x", None)]
+)
+def test_model_whose_name_is_mistyped(refused, offline, model, folder, name, near):
+    (folder / "sub").mkdir()
+    for link in (folder / "tiny", folder / "sub/tiny"):
+        link.symlink_to(model)
+    said = refused("edit", "in.png", "car", "-o", "o.png", "--model", name)
+    assert f"--model '{name}': there is no such folder" in said
+    assert (f"did you mean '{near}'?" in said) if near else ("did you mean" not in said)
+
+
+@pytest.mark.parametrize("option", ["--model", "--base-model", "--instruct-model"])
+def test_an_evaluation_names_the_option_of_a_model_that_is_not_there(refused_at_once, option):
+    said = refused_at_once("evaluate", "--data", "mini", "--output-dir", "out", option, "mini-bass")
+    assert f"{option} 'mini-bass': there is no such folder or model" in said
+    assert "did you mean 'mini-base'?" in said
 
 
 @pytest.mark.parametrize(
@@ -599,7 +663,7 @@ def test_model_that_is_neither_a_folder_nor_an_id(refused, offline, name):
 )
 def test_unreachable_hub(refused, offline, command, missing):
     message = refused(*command, "-o", "out.png")
-    assert f"cannot load {missing}: the Hugging Face Hub cannot be reached" in message
+    assert f"--model '{missing}': there is no such folder, and the Hugging Face Hub cannot be reached" in message
     assert "--model mini" in message
 
 
@@ -608,25 +672,8 @@ def test_unreachable_hub_for_a_model_without_mask_model(refused, offline, tmp_pa
     stock = tmp_path_factory.mktemp("stock")
     IEditPipeline(**tiny_models.sd_components()).save_pretrained(stock)
     message = refused("edit", "in.png", "car", "-o", "out.png", "--source-prompt", source_prompt, "--model", stock)
-    assert f"cannot load {cli.MASK_MODEL}: the Hugging Face Hub cannot be reached" in message
+    assert f"the mask model '{cli.MASK_MODEL}': there is no such folder, and the Hugging Face Hub cannot be" in message
     assert "--model mini" in message
-
-
-@pytest.mark.parametrize(
-    ("error", "cause", "says"),
-    [
-        (OSError("not found"), RepositoryNotFoundError.__new__(RepositoryNotFoundError), "has no such model"),
-        (OSError(28, "No space left on device"), None, "the cache cannot be written to (No space left on device)"),
-    ],
-)
-def test_model_that_cannot_be_downloaded(refused, monkeypatch, error, cause, says):
-    def download(name, **kwargs):
-        raise error from cause
-
-    monkeypatch.setattr(IEditPipeline, "download", download)
-    message = refused("edit", "in.png", "car", "-o", "out.png", "--model", "someone/something")
-    assert "cannot load someone/something: " in message
-    assert says in message
 
 
 # The command as a process

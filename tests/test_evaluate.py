@@ -390,8 +390,10 @@ def test_a_model_that_gives_no_numbers_fails_on_every_picture_and_the_others_go_
         (("--metrics", "beauty"), "There is no metric beauty. There are success,"),
         (("--data", "nowhere"), "nowhere"),
         (("--split", "validation"), "`split` of the mini benchmark has to be one of test, choose"),
-        (("--base-model", "no-such-model"), "'no-such-model' gives no usable IEditPipeline"),
-        (("--networks", "clip=no-such-clip"), "no-such-clip"),
+        (("--base-model", "no-such-model"), "--base-model 'no-such-model': there is no such folder or model"),
+        (("--methods", "iedit@model=mini-bass"), "`model` 'mini-bass': there is no such folder or model"),
+        (("--networks", "clip=no-such-clip"), "The network for clip: `model` 'no-such-clip': there is no such folder"),
+        (("--networks", "clip"), "argument --networks: has to be PART=NAME, as in clip=mini"),
         (("--strength", "0"), "has to be above 0 and at most 1"),
     ],
 )

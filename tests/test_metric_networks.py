@@ -193,7 +193,7 @@ def test_structure_keys_refuse_weights_that_are_not_all_there(vit, tmp_path):
     del weights[next(name for name in weights if "layer" in name and "key" in name)]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((vit / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"usable ViT: 1 of its weights are missing, for instance layers\.0"):
+    with pytest.raises(ValueError, match=r"usable ViTModel: 1 of its weights are missing, for instance layers\.0"):
         StructureKeys(str(tmp_path))
 
 

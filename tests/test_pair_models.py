@@ -18,7 +18,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from diffusers_iedit import mini
+from diffusers_iedit import loading, mini
 from diffusers_iedit.pairs import models
 from diffusers_iedit.pairs.caption import CaptionImages, CaptionOptions, clean_caption
 from diffusers_iedit.pairs.embed import EmbedImages, EmbedOptions, EmbedPrompts
@@ -305,9 +305,9 @@ def test_a_model_is_loaded_from_a_folder_ready_to_predict(folders, make, option,
 @stages
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "nowhere/at", "not a name"])
 def test_a_model_that_is_not_there_is_an_error_that_names_the_option(make, option, part, name):
-    with pytest.raises(ValueError, match=f"`{option}` '{name}': no folder and no Hub id"):
+    with pytest.raises(ValueError, match=f"`{option}` '{name}': there is no such folder"):
         make(name)
-    with pytest.raises(ValueError, match=f"`{option}` '{name}': no folder and no Hub id"):
+    with pytest.raises(ValueError, match=f"`{option}` '{name}': there is no such folder"):
         models.fingerprint(name, part)
 
 
@@ -363,15 +363,21 @@ def test_code_that_lies_beside_a_model_is_never_run(folders):
     config.write_text(config.read_text().replace("{", code, 1))
     (folders / "clip" / "own.py").write_text("raise SystemExit('code was run')")
     assert isinstance(models.load(CLIPModel, str(folders / "clip"), "clip"), CLIPModel)
-    assert "trust_remote_code" not in inspect.getsource(models)
+    assert "trust_remote_code" not in inspect.getsource(models) + inspect.getsource(loading)
 
 
-def test_mini_is_the_model_that_the_package_ships():
-    assert models.resolve("mini", "captioner") == str(mini.captioner_path())
-    assert models.resolve("mini", "clip") == str(mini.clip_path())
-    assert models.resolve("mini", "mask_model") == str(mini.mask_model_path())
-    assert models.resolve("CIDAS/clipseg-rd64-refined", "mask_model") == "CIDAS/clipseg-rd64-refined"
-    assert isinstance(models.load(CLIPSegForImageSegmentation, "mini", "mask_model"), CLIPSegForImageSegmentation)
+@pytest.mark.parametrize(
+    ("cls", "part", "folder"),
+    [
+        (BlipForConditionalGeneration, "captioner", mini.captioner_path()),
+        (CLIPModel, "clip", mini.clip_path()),
+        (CLIPSegForImageSegmentation, "mask_model", mini.mask_model_path()),
+    ],
+)
+def test_mini_is_the_model_that_the_package_ships(cls, part, folder):
+    loaded = models.load(cls, "mini", part)
+    assert type(loaded) is cls
+    assert loaded.name_or_path == str(folder)
 
 
 def test_a_fingerprint_tells_files_apart_not_folders(folders):

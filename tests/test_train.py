@@ -472,8 +472,8 @@ def error(argv, capsys):
         (("--clip_model", str(mini.judge_path())), "`clip_model` '.*/judge'.*"),
         (("--perceptual_model", str(mini.judge_path())), "`perceptual_model` '.*/judge'.*"),
         (("--loss_decoder", str(mini.judge_path())), "`loss_decoder` '.*/judge' gives no usable AutoencoderTiny.*"),
-        (("--model", str(mini.judge_path())), "`model` '.*/judge' gives no usable Stable Diffusion 1.x or 2.x.*"),
-        (("--model", str(mini.clip_path())), "`model` '.*/clip' gives no usable Stable Diffusion 1.x or 2.x.*"),
+        (("--model", str(mini.judge_path())), "`model` '.*/judge' is no folder .*, as it has no model_index.json"),
+        (("--model", str(mini.clip_path())), "`model` '.*/clip' is no folder .*, as it has no model_index.json"),
     ],
 )
 def test_a_bad_option_is_named_with_what_was_expected_and_what_came(tmp_path, pairs, base, capsys, options, message):

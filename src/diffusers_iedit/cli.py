@@ -215,8 +215,11 @@ def build_parser() -> argparse.ArgumentParser:
     def numbers(text: str) -> list[float]:
         return [_STRENGTH(word) for word in words(text)]
 
-    def networks(text: str) -> dict[str, str]:
-        return dict(word.split("=", 1) for word in words(text))
+    def networks(text: str) -> list[tuple[str, str]]:
+        pairs = [word.partition("=") for word in words(text)]
+        if not all(part and name for part, _, name in pairs):
+            raise argparse.ArgumentTypeError(f"has to be PART=NAME, as in clip=mini, joined by commas, but is {text}")
+        return [(part, name) for part, _, name in pairs]
 
     add("data", required=True, metavar="SET", help="mini, pie-bench:DIR, or a set of pairs: a folder or a Hub id")
     add("output-dir", required=True, type=Path, metavar="DIR", help="where results.json, results.md, index.html go")
@@ -226,7 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "methods",
         type=words,
-        default=words("sdedit,sdedit-m,iedit,iedit-m"),
+        action="extend",
         metavar="NAMES",
         help="joined by commas: sdedit, sdedit-m, sdedit-given, iedit, iedit-m, iedit-given, blended, inpaint,"
         " instruct-pix2pix, or module:Class; NAME@SETTING=VALUE changes a setting for one of them; differences are"
@@ -238,10 +241,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("guidance-scale", type=float, metavar="G", help="of all methods (default: 7.5)")
     add("steps", dest="num_inference_steps", type=_COUNT, metavar="N", help="at strength 1 (default: 50)")
     add("mask-dilation", type=_PIXELS, metavar="PX", help="grow the masks by this much (default: 0)")
-    add("strengths", type=numbers, metavar="S,S", help="for trade-off curves")
+    add("strengths", type=numbers, action="extend", metavar="S,S", help="for trade-off curves")
     add("num-curve-examples", type=_COUNT, metavar="N", help="take only the first of each group for the curves")
-    add("metrics", type=words, metavar="NAMES", help="joined by commas (default: all that are possible)")
-    add("networks", type=networks, metavar="PART=NAME", help="of the metrics: clip, fid, lpips, dino")
+    add(
+        "metrics",
+        type=words,
+        action="extend",
+        metavar="NAMES",
+        help="joined by commas (default: all that are possible)",
+    )
+    add(
+        "networks",
+        type=networks,
+        action="extend",
+        metavar="PART=NAME",
+        help="of the metrics, joined by commas: PART is clip, fid, lpips or dino; NAME is a Hub id, a folder, or, for"
+        " clip and fid, `mini`, as in clip=mini; given again, it adds to what was given",
+    )
     add("seed", type=_number(int, "in [0, 2**63)", lambda seed: 0 <= seed < 2**63), metavar="K", help="of the noise")
     add("batch-size", type=_COUNT, metavar="N", help="pictures that are edited together (default: 8)")
     add("dtype", choices=("float32", "float16", "bfloat16"), help="of the models (default: float32)")
@@ -308,12 +324,25 @@ def _save(image: Image.Image, path: Path):
         part.unlink(missing_ok=True)
 
 
-def _check_model(name: str):
-    """What can be told of `--model` without importing a library."""
-    if name == "mini" or not os.path.exists(name):
-        return
-    if not os.path.isfile(os.path.join(name, "model_index.json")):
-        raise UserError(f"--model {name}: is no folder of a diffusers pipeline, as it has no model_index.json")
+@contextlib.contextmanager
+def _model_errors():
+    """Make user errors of the `ValueError`s with which `loading` says what is wrong with a model."""
+    from .loading import HubError
+
+    try:
+        yield
+    except HubError as error:
+        raise UserError(f"{error}; `--model mini` needs no download") from error
+    except ValueError as error:
+        raise UserError(error) from error
+
+
+def _check_model(name: str, option: str = "--model"):
+    """What can be told of a pipeline's name without importing a library."""
+    from .loading import find_pipeline
+
+    with _model_errors():
+        find_pipeline(name, option)
 
 
 @functools.cache
@@ -338,38 +367,6 @@ def _import_libraries():
     transformers.utils.logging.disable_progress_bar()
 
 
-def _download(name: str, fetch: Callable[[], str]) -> str:
-    """The local folder that `fetch` makes of a Hub id."""
-    from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
-
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # The error below says what its warning would.
-    try:
-        return fetch()
-    except HFValidationError:
-        raise UserError(f"{name!r} is neither a folder nor a model id") from None
-    except (OSError, HTTPError) as error:
-        if isinstance(error, RepositoryNotFoundError) or isinstance(error.__cause__, RepositoryNotFoundError):
-            reason = "the Hugging Face Hub has no such model, or needs you to log in for it"
-        elif isinstance(error, OSError) and error.errno is not None:
-            reason = f"the cache cannot be written to ({error.strerror})"
-        else:
-            reason = "the Hugging Face Hub cannot be reached and the model is not in the cache"
-        raise UserError(f"cannot load {name}: {reason}; `--model mini` needs no download") from error
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
-
-
-@contextlib.contextmanager
-def _reading(name: str):
-    """Whatever goes wrong while a model's files are read is the files' fault: the libraries raise nearly anything."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"cannot load {name}: {type(error).__name__}: {error}") from error
-
-
 def _choose_device(device: str | None):
     """The device, that of `--device` or the best there is, and the precision that goes with it."""
     import torch
@@ -384,7 +381,7 @@ def _choose_device(device: str | None):
 def _load_pipeline(name: str, device: str | None, edits: bool, finds_mask: bool, captions: bool) -> "IEditPipeline":
     """The pipeline of `--model`, as far as the run needs it, and from the Hub what it lacks to find a mask."""
     _import_libraries()
-    from . import mini
+    from .loading import load_pipeline
     from .pipeline import IEditPipeline
 
     device, dtype = _choose_device(device)
@@ -392,34 +389,29 @@ def _load_pipeline(name: str, device: str | None, edits: bool, finds_mask: bool,
     for needed, components in ((edits, EDITING), (finds_mask, MASKING), (captions, CAPTIONING)):
         if not needed:
             left_out |= dict.fromkeys(components)
-    folder = name
-    if name == "mini":
-        folder = str(mini.model_path())
-    elif not os.path.isdir(name):
-        folder = _download(name, lambda: IEditPipeline.download(name, **left_out))
-    with _reading(name):
-        pipe = IEditPipeline.from_pretrained(folder, dtype=dtype, **left_out)
+    with _model_errors():
+        kind = "Stable Diffusion 1.x or 2.x"
+        pipe = load_pipeline(IEditPipeline, name, "--model", kind, dtype=dtype, **left_out)
     if finds_mask and pipe.mask_model is None:
         from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
-        model, processor = _load_extra(MASK_MODEL, CLIPSegForImageSegmentation, CLIPSegProcessor, dtype)
+        model, processor = _load_extra(
+            "the mask model", MASK_MODEL, CLIPSegForImageSegmentation, CLIPSegProcessor, dtype
+        )
         pipe.register_modules(mask_model=model, mask_processor=processor)
     if captions and pipe.captioner is None:
         from transformers import BlipForConditionalGeneration, BlipProcessor
 
-        model, processor = _load_extra(CAPTIONER, BlipForConditionalGeneration, BlipProcessor, dtype)
+        model, processor = _load_extra("the captioner", CAPTIONER, BlipForConditionalGeneration, BlipProcessor, dtype)
         pipe.register_modules(captioner=model, caption_processor=processor)
     return pipe.to(device)
 
 
-def _load_extra(name: str, model_class, processor_class, dtype):
-    from huggingface_hub import snapshot_download
+def _load_extra(what: str, name: str, model_class, processor_class, dtype):
+    from .loading import load
 
-    # As one snapshot: file by file, transformers tries an unreachable Hub for minutes.
-    patterns = ["*.json", "*.txt", "model.safetensors"]
-    folder = _download(name, lambda: snapshot_download(name, allow_patterns=patterns))
-    with _reading(name):
-        return model_class.from_pretrained(folder, dtype=dtype), processor_class.from_pretrained(folder)
+    with _model_errors():
+        return load(model_class, name, what, dtype=dtype), load(processor_class, name, what)
 
 
 @contextlib.contextmanager
@@ -514,6 +506,9 @@ def _mask(args: argparse.Namespace) -> tuple[str, str]:
 
 def _evaluate(args: argparse.Namespace) -> tuple[str, str]:
     """Evaluate methods. Returns as `_edit` does."""
+    for name in ("model", "base_model", "instruct_model"):
+        if hasattr(args, name):
+            _check_model(getattr(args, name), f"--{name.replace('_', '-')}")
     _import_libraries()
     try:
         import torch
@@ -526,6 +521,8 @@ def _evaluate(args: argparse.Namespace) -> tuple[str, str]:
     given = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
     names = {field.name for field in dataclasses.fields(Settings)}
     settings = {name: given.pop(name) for name in names & given.keys()}
+    given.setdefault("methods", ["sdedit", "sdedit-m", "iedit", "iedit-m"])
+    given["networks"] = dict(given["networks"]) if "networks" in given else None
     settings.setdefault("base_model", "mini-base" if args.model == "mini" else DEFAULT_MODEL)
     if "dtype" in given:
         given["dtype"] = getattr(torch, args.dtype)

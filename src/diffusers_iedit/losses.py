@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
 from PIL.Image import Resampling
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
+
+from . import mini
+from .loading import fetch, usable
 
 
 if TYPE_CHECKING:
@@ -393,30 +394,27 @@ class VGG16Features(nn.Module):
         self.eval().requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, model: str | Path = "timm/vgg16.tv_in1k", **options) -> "VGG16Features":
+    def from_pretrained(
+        cls, model: str | Path = "timm/vgg16.tv_in1k", argument: str = "`model`", **options
+    ) -> "VGG16Features":
         """Loads trained weights, by default ImageNet's.
 
         Args:
-            model (`str` or `Path`): A Hub id or a folder with `model.safetensors`, in which the convolutions have the
+            model (`str` or `Path`): A Hub id, or a folder with `model.safetensors`, in which the convolutions have the
                 names they have in torchvision and timm, `features.<n>.weight` and `features.<n>.bias`. The file also
-                tells the width: `mini.vgg_path()` has a thinner VGG-16.
+                tells the width: `mini` is the thinner VGG-16 of the mini world.
+            argument (`str`): What errors call the model.
             **options: `layers` and `normalize`, as for the class.
 
         Raises:
             ValueError: If there is no such model, or a layer's weights are missing or of another shape.
         """
-        try:
-            file: str | Path = Path(model) / "model.safetensors"
-            if not Path(model).is_dir():
-                file = hf_hub_download(str(model), "model.safetensors")
-            with safe_open(file, framework="pt") as weights:
-                network = cls(width=weights.get_slice("features.0.weight").get_shape()[0], **options)
-                network.load_state_dict({name: weights.get_tensor(name) for name in network.state_dict()})
-        except (OSError, HFValidationError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"`model` {str(model)!r}: no folder and no Hub id gives a usable VGG-16: {reason}"
-            ) from error
+        file = fetch(model, argument, mini.vgg_path()) / "model.safetensors"
+        with usable(argument, model, "VGG-16"), safe_open(file, framework="pt") as weights:
+            width = weights.get_slice("features.0.weight").get_shape()[0]
+        network = cls(width=width, **options)
+        with usable(argument, model, "VGG-16"), safe_open(file, framework="pt") as weights:
+            network.load_state_dict({name: weights.get_tensor(name) for name in network.state_dict()})
         return network
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:

@@ -5,14 +5,12 @@ The network is spelled out here because torchvision exists for some builds of to
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
+
+from ..loading import fetch, usable
 
 
 _ROW_3, _COLUMN_3, _ROW_7, _COLUMN_7 = (1, 3), (3, 1), (1, 7), (7, 1)
@@ -166,18 +164,12 @@ class Inception(nn.Module):
         Raises:
             ValueError: If there is no such model, or a layer's weights are missing or of another shape.
         """
-        try:
-            file = Path(model) / "model.safetensors"
-            if not Path(model).is_dir():
-                file = hf_hub_download(model, "model.safetensors")
-            with safe_open(file, framework="pt") as weights:
-                network = cls(fid_network=weights.get_slice("fc.weight").get_shape()[0] == _FID_CLASSES)
-                # Not all files hold the counters of batches, which only training needs.
-                names = [name for name in network.state_dict() if not name.endswith("num_batches_tracked")]
-                network.load_state_dict({name: weights.get_tensor(name) for name in names}, strict=False)
-        except (OSError, HFValidationError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{model!r}: no folder and no Hub id gives a usable Inception-v3: {reason}") from error
+        file = fetch(model, "`model`") / "model.safetensors"
+        with usable("`model`", model, "Inception-v3"), safe_open(file, framework="pt") as weights:
+            network = cls(fid_network=weights.get_slice("fc.weight").get_shape()[0] == _FID_CLASSES)
+            # Not all files hold the counters of batches, which only training needs.
+            names = [name for name in network.state_dict() if not name.endswith("num_batches_tracked")]
+            network.load_state_dict({name: weights.get_tensor(name) for name in names}, strict=False)
         return network
 
     def preprocess(self, image: torch.Tensor) -> torch.Tensor:

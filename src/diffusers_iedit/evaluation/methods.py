@@ -15,12 +15,11 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.utils import numpy_to_pil
 from PIL import Image
 
-from .. import mini
+from ..loading import load_pipeline
 from ..pipeline import IEditPipeline
 from .data import Example
 
@@ -73,27 +72,17 @@ class Models:
         self.device, self.dtype = device, dtype
         self._loaded: dict[str, DiffusionPipeline] = {}
 
-    def load(self, cls: type[DiffusionPipeline], name: str) -> DiffusionPipeline:
-        """`cls.from_pretrained` of a Hub id, a folder, `mini`, or `mini-base`: safetensors, no code from the Hub.
+    def load(self, cls: type[DiffusionPipeline], name: str, argument: str = "`model`") -> DiffusionPipeline:
+        """As [`~diffusers_iedit.loading.load_pipeline`]: a Hub id, a folder, `mini`, or `mini-base`.
 
         No safety checker takes part: it would black out pictures, which would then be measured.
 
         Raises:
-            ValueError: If there is no such model, or if it is not of this kind.
+            ValueError: If there is no such model, if it is not of this kind, or if it is not all there.
         """
         if name not in self._loaded:
-            options = {"dtype": self.dtype, "use_safetensors": True, "safety_checker": None}
-            folder = name
-            if name in ("mini", "mini-base"):
-                folder = mini.model_path()
-            if name == "mini-base":
-                options["unet"] = UNet2DConditionModel.from_pretrained(mini.base_unet_path(), dtype=self.dtype)
-            try:
-                pipe = cls.from_pretrained(folder, requires_safety_checker=False, **options)
-            except (OSError, ValueError, TypeError, AttributeError) as error:
-                reason = " ".join(str(error).split())
-                raise ValueError(f"{name!r} gives no usable {cls.__name__}: {reason}") from error
-            self._loaded[name] = pipe.to(self.device)
+            no_checker = {"safety_checker": None, "requires_safety_checker": False}
+            self._loaded[name] = load_pipeline(cls, name, argument, dtype=self.dtype, **no_checker).to(self.device)
         return self._loaded[name]
 
     def pipeline(self, cls: type[DiffusionPipeline], name: str, scheduler: str | None = None) -> DiffusionPipeline:
@@ -141,7 +130,7 @@ class Method:
     def load(self, settings: Settings) -> None:
         """Loads what it uses, so that a model that is not there is found before any work is done."""
         for use in self.uses:
-            self.models.load(IEditPipeline, getattr(settings, use))
+            self.models.load(IEditPipeline, getattr(settings, use), f"`{use}`")
 
     def __call__(
         self, examples: list[Example], settings: Settings, generators: list[torch.Generator]
@@ -294,7 +283,7 @@ class InstructPix2Pix(Method):
     uses = ("instruct_model",)
 
     def load(self, settings):
-        self.models.load(StableDiffusionInstructPix2PixPipeline, settings.instruct_model)
+        self.models.load(StableDiffusionInstructPix2PixPipeline, settings.instruct_model, "`instruct_model`")
 
     def __call__(self, examples, settings, generators):
         pipe = self.models.load(StableDiffusionInstructPix2PixPipeline, settings.instruct_model)

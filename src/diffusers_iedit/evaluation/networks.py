@@ -10,14 +10,13 @@ from importlib.resources import files
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPModel, CLIPProcessor, ViTModel
 
 from .. import mini
+from ..loading import load
 from ..losses import CLIPImageEmbedder, VGG16Features
 from ..mini.judging import Judge, view
-from ..pairs.models import load
 from .inception import Inception
 from .metrics import to_tensor
 
@@ -45,9 +44,9 @@ class CLIPEmbedder(nn.Module):
 
     def __init__(self, model: str):
         super().__init__()
-        processor = load(CLIPProcessor, model, "clip")
+        processor = load(CLIPProcessor, model, "`model`", mini.clip_path())
         self.tokenizer = processor.tokenizer
-        self.images = CLIPImageEmbedder(load(CLIPModel, model, "clip"), processor.image_processor)
+        self.images = CLIPImageEmbedder(load(CLIPModel, model, "`model`", mini.clip_path()), processor.image_processor)
 
     def embed_images(self, *images: torch.Tensor) -> torch.Tensor:
         """Any number of batches (B, 3, H, W) in [0, 1] -> (sum of all B, D). CLIP sees the square in the middle."""
@@ -116,16 +115,7 @@ class StructureKeys(nn.Module):
 
     def __init__(self, model: str):
         super().__init__()
-        try:
-            self.vit, report = ViTModel.from_pretrained(
-                model, add_pooling_layer=False, use_safetensors=True, output_loading_info=True
-            )
-            # transformers fills up what is missing at random and goes on.
-            if missing := sorted(report["missing_keys"]):
-                raise ValueError(f"{len(missing)} of its weights are missing, for instance {missing[0]}")
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{model!r}: no folder and no Hub id gives a usable ViT: {reason}") from error
+        self.vit = load(ViTModel, model, "`model`", add_pooling_layer=False)
         self.eval().requires_grad_(False)
         self.vit.layers[-1].attention.k_proj.register_forward_hook(self._keep)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DCondi
 from diffusers.training_utils import compute_snr
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
-from .. import mini
+from .. import loading, mini
 from ..losses import IEditLoss, VGG16Features, paired_loss
 from ..pairs.models import load
 from ..pipeline import IEditPipeline
@@ -36,24 +36,14 @@ TRAIN_BLOCKS = {
 LOSS_INPUTS = ("source_mask", "target_mask", "target_image", "prompt_embeds", "term_embeds")
 
 
-def _not_usable(option: str, model: str, kind: str, error: Exception) -> ValueError:
-    return ValueError(f"`{option}` {model!r} gives no usable {kind}: {' '.join(str(error).split())}")
-
-
 def load_base(model: str) -> IEditPipeline:
     """The pipeline to fine-tune, in fp32: a Hub id, a folder, `mini`, or `mini-base`, from which `mini` was trained.
 
     Raises:
-        ValueError: If there is no such model, or if it is no Stable Diffusion 1.x or 2.x.
+        ValueError: If there is no such model, if it is no Stable Diffusion 1.x or 2.x, or if it is not all there.
     """
-    options = {"dtype": torch.float32, "use_safetensors": True}
-    try:
-        if model == "mini-base":
-            unet = UNet2DConditionModel.from_pretrained(mini.base_unet_path(), **options)
-            return IEditPipeline.from_pretrained(mini.model_path(), unet=unet, **options)
-        return IEditPipeline.from_pretrained(mini.model_path() if model == "mini" else model, **options)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise _not_usable("model", model, "Stable Diffusion 1.x or 2.x", error) from error
+    kind = "Stable Diffusion 1.x or 2.x"
+    return loading.load_pipeline(IEditPipeline, model, "`model`", kind, dtype=torch.float32)
 
 
 def load_clip(model: str) -> tuple[CLIPModel, CLIPProcessor]:
@@ -67,10 +57,7 @@ def load_features(model: str) -> VGG16Features:
     Raises:
         ValueError: If there is no such model, or if it is no VGG-16.
     """
-    try:
-        return VGG16Features.from_pretrained(mini.vgg_path() if model == "mini" else model)
-    except ValueError as error:
-        raise _not_usable("perceptual_model", model, "VGG-16", error) from error
+    return VGG16Features.from_pretrained(model, argument="`perceptual_model`")
 
 
 def load_decoder(model: str) -> AutoencoderTiny:
@@ -79,11 +66,7 @@ def load_decoder(model: str) -> AutoencoderTiny:
     Raises:
         ValueError: If there is no such model, or if it is no `AutoencoderTiny`.
     """
-    try:
-        folder = mini.tiny_vae_path() if model == "mini" else model
-        return AutoencoderTiny.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise _not_usable("loss_decoder", model, "AutoencoderTiny", error) from error
+    return loading.load(AutoencoderTiny, model, "`loss_decoder`", mini.tiny_vae_path(), dtype=torch.float32)
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int, train_blocks: str) -> None:

@@ -8,19 +8,16 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import snapshot_download
 from PIL import Image
-from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
 
-from .. import mini
+from .. import loading, mini
 
 
 # Of each part the option that names it, and the one that the package ships.
 _PARTS = {
-    "captioner": ("caption_model", mini.captioner_path),
-    "clip": ("clip_model", mini.clip_path),
-    "mask_model": ("mask_model", mini.mask_model_path),
+    "captioner": ("`caption_model`", mini.captioner_path()),
+    "clip": ("`clip_model`", mini.clip_path()),
+    "mask_model": ("`mask_model`", mini.mask_model_path()),
 }
 
 
@@ -43,13 +40,8 @@ class ModelStage:
         return self.finish(self.predict(self.prepare(batch)))
 
 
-def resolve(model: str, part: str) -> str:
-    """The Hub id or folder that a model's name stands for: `mini` is the one of that part that the package ships."""
-    return str(_PARTS[part][1]()) if model == "mini" else model
-
-
-def load(cls, model: str, part: str):
-    """`cls.from_pretrained`, from safetensors only, without any code from the Hub.
+def load(cls: type, model: str, part: str):
+    """As [`~diffusers_iedit.loading.load`], for one of the builder's models.
 
     Args:
         cls (`type`): A model, processor or tokenizer class of transformers.
@@ -59,26 +51,7 @@ def load(cls, model: str, part: str):
     Raises:
         ValueError: If there is no such model, or if it is not all there.
     """
-    try:
-        if issubclass(cls, torch.nn.Module):
-            loaded, report = cls.from_pretrained(resolve(model, part), use_safetensors=True, output_loading_info=True)
-            # transformers fills up what is missing at random and goes on.
-            if missing := sorted(report["missing_keys"]):
-                raise ValueError(f"{len(missing)} of its weights are missing, for instance {missing[0]}")
-            return loaded
-        loaded = cls.from_pretrained(resolve(model, part))
-        tokenizer = getattr(loaded, "tokenizer", loaded)
-        # Where there are no files transformers makes a tokenizer without a single word.
-        if isinstance(tokenizer, PreTrainedTokenizerBase) and len(tokenizer) == len(tokenizer.all_special_tokens):
-            raise ValueError("the tokenizer's files are missing")
-        return loaded
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _unusable(model, part, cls.__name__, error) from error
-
-
-def _unusable(model: str, part: str, kind: str, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())
-    return ValueError(f"`{_PARTS[part][0]}` {model!r}: no folder and no Hub id gives a usable {kind}: {reason}")
+    return loading.load(cls, model, *_PARTS[part])
 
 
 def place(model: torch.nn.Module) -> torch.nn.Module:
@@ -99,13 +72,10 @@ def fingerprint(model: str, part: str) -> str:
     Raises:
         ValueError: If there is no such model.
     """
-    folder = Path(resolve(model, part))
-    if not folder.is_dir():
-        try:
-            snapshot = snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.safetensors"])
-        except (OSError, ValueError) as error:
-            raise _unusable(model, part, "model", error) from error
-        return f"commit {Path(snapshot).name}"
+    argument, shipped = _PARTS[part]
+    folder = loading.fetch(model, argument, shipped)
+    if model != "mini" and not Path(model).is_dir():
+        return f"commit {folder.name}"
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".txt", ".safetensors"):
