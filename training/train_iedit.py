@@ -410,10 +410,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3. The data: a stream of samples, each drawn from its position in the stream.
     with accelerator.main_process_first():
-        pairs = load_pairs(args.train_data, args.train_split)
+        pairs = load_pairs(args.train_data, args.train_split, tokenizer=pipe.tokenizer)
         shown = load_pairs(args.validation_data) if args.validation_data else pairs
     shown = shown.select(range(min(args.num_validation_pairs, len(shown))))
-    stream = PairStream(pairs, args.resolution, args.random_crop, args.random_flip, args.caption_dropout, args.seed)
+    augmentation = (args.random_crop, args.random_flip, args.caption_dropout)
+    stream = PairStream(pairs, args.resolution, *augmentation, args.seed, pipe.tokenizer)
     if args.cache_latents:
         weights = [float(p.sum()) for model in (vae, text_encoder, clip) if model for p in model.parameters()]
         key = Hasher.hash(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from .. import mini
+from ..images import open_image
 
 
 # Of each part the option that names it, and the one that the package ships.
@@ -90,7 +90,7 @@ def place(model: torch.nn.Module) -> torch.nn.Module:
 
 def decode(images: list[bytes]) -> list[Image.Image]:
     """Encoded images as PIL RGB."""
-    return [Image.open(io.BytesIO(image)).convert("RGB") for image in images]
+    return [open_image(image).convert("RGB") for image in images]
 
 
 def fingerprint(model: str, part: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from pathlib import Path
@@ -14,6 +13,7 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from ..images import open_image
 from .schema import FEATURES, load_pairs
 
 
@@ -54,7 +54,7 @@ def picture_sheet(files: list[Path], rows: int = SHEET_ROWS) -> Image.Image:
         file = int(np.searchsorted(ends, number, side="right"))
         pair = _row(pq.ParquetFile(files[file]), number - (ends[file] - counts[file]))
         for column, name in enumerate(("source_image", "source_mask", "target_image", "target_mask")):
-            image = Image.open(io.BytesIO(pair[name]["bytes"])).convert("RGB")
+            image = open_image(pair[name]["bytes"]).convert("RGB")
             # Small pictures are enlarged as they are, pixel by pixel.
             resample = Image.Resampling.LANCZOS if max(image.size) > TILE else Image.Resampling.NEAREST
             sheet.paste(ImageOps.contain(image, (TILE, TILE), resample), (column * TILE, place * height))
