@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from diffusers_iedit.finetuning.checkpoints import list_checkpoints, load_checkpoint, register_hooks, save_checkpoint
 from diffusers_iedit.finetuning.data import CachedPairStream, PairStream, cache_pairs, draw_noise
-from diffusers_iedit.finetuning.hub import check_hub, push_folder, write_model_card
+from diffusers_iedit.finetuning.hub import check_hub, check_license, push_folder, write_model_card
 from diffusers_iedit.finetuning.models import (
     TRAIN_BLOCKS,
     PairEncoder,
@@ -317,6 +317,7 @@ def write_card(
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     output_dir, terms = args.output_dir, tuple(args.loss.split("+"))
+    check_license(args.license)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
