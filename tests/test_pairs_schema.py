@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny_models
+from hub_server import files_in, output
 from PIL import EpsImagePlugin, Image
 
 from diffusers_iedit.pairs import FEATURES, load_pairs, validate
@@ -359,6 +361,38 @@ def test_a_picture_elsewhere_is_found_in_any_row_before_a_copy_of_the_set_could_
     stream = iter(load_pairs(folder, streaming=True))
     with pytest.raises(ValueError, match="of a set only its own files are read"):
         list(stream)
+
+
+def test_of_a_set_of_the_hub_its_own_pictures_are_read_and_no_others(tmp_path, elsewhere, hub):
+    columns = {name: value for name, value in row().items() if not isinstance(value, Image.Image)}
+    pictures = {name: encode(value) for name, value in row().items() if isinstance(value, Image.Image)}
+    line = json.dumps(columns | {f"{name}_file_name": f"{name}.png" for name in pictures}).encode()
+    hub.add("datasets", "me/folder", {f"{name}.png": png for name, png in pictures.items()} | {"metadata.jsonl": line})
+    for name, path in {
+        "private": elsewhere / "photo.png",
+        "other": "hf://datasets/me/folder@main/source_image.png",
+        "own": "hf://datasets/me/own@main/photo.png",
+    }.items():
+        folder = save_with_path(tmp_path / name, path)
+        hub.add("datasets", f"me/{name}", files_in(folder) | {"photo.png": pictures["source_image"]})
+    code = """
+import json
+from diffusers_iedit.pairs import load_pairs, validate
+found = {}
+for name in ("folder", "own", "private", "other"):
+    for streaming in (False, True):
+        try:
+            pairs = list(load_pairs(f"me/{name}", streaming=streaming))
+            found[f"{name} {streaming}"] = [list(pair["source_image"].size) for pair in pairs]
+        except ValueError as error:
+            found[f"{name} {streaming}"] = str(error).splitlines()[-1]
+print(json.dumps(found))
+"""
+    found = json.loads(output(hub.run(code)))
+    for streaming in (False, True):
+        assert found[f"folder {streaming}"] == found[f"own {streaming}"] == [[50, 40]]
+        for name in ("private", "other"):
+            assert "of a set only its own files are read" in found[f"{name} {streaming}"]
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PPM", "ICO", "TGA", "PDF"])

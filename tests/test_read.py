@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_server import output
 from PIL import Image
 
 from diffusers_iedit.pairs.read import (
@@ -485,6 +486,18 @@ def test_an_image_that_a_server_does_not_find_stops_the_reading(monkeypatch):
     with pytest.raises(FileNotFoundError):
         list(read_rows(stream, options.collections()["source"], options, dropped))
     assert dropped == {}
+
+
+def test_a_folder_of_images_of_the_hub_is_a_source(hub):
+    hub.add("datasets", "me/photos", {f"{number}.jpg": jpeg(number) for number in range(2)})
+    code = """
+from collections import Counter
+from diffusers_iedit.pairs.read import ReadOptions, read_rows
+options = ReadOptions("me/photos")
+collection = options.collections()["source"]
+print([len(row["image"]) for row in read_rows(collection.open(), collection, options, Counter())])
+"""
+    assert output(hub.run(code)) == f"{[len(jpeg(number)) for number in range(2)]}\n"
 
 
 # Runs in a process whose Hub is the one on loopback.

@@ -145,7 +145,10 @@ class Collection:
                     f"`caption_column` {self.caption_column!r} has to hold text, but holds"
                     f" {stream.features[self.caption_column]}."
                 )
-        return stream.select_columns(columns).cast_column(self.image_column, datasets.Image(decode=False))
+        # Of image files of the Hub, threads would decode pictures before they get here, in any format.
+        return (
+            stream.decode(False).select_columns(columns).cast_column(self.image_column, datasets.Image(decode=False))
+        )
 
     def _open_tars(self, files: list[str]) -> datasets.IterableDataset:
         columns = set()

@@ -217,14 +217,20 @@ def _paths_elsewhere(pairs: Dataset, where: str) -> Iterator[str]:
 
 
 def _open(source: str | os.PathLike, split: str, streaming: bool, revision: str | None) -> Dataset | IterableDataset:
-    path, files = os.fspath(source), None
+    path, files, options = os.fspath(source), None, {}
     try:
+        config = datasets.load_dataset_builder(path, revision=revision).config
         if os.path.isdir(path):
             # By itself, `datasets` takes a folder for any other of the same name that it has read before. Told of the
             # files, it looks at these.
-            files = datasets.load_dataset_builder(path).config.data_files
+            files = config.data_files
             check_tables((files or {}).get(split, ()))
-        pairs = datasets.load_dataset(path, split=split, data_files=files, streaming=streaming, revision=revision)
+        if hasattr(config, "decode_num_threads"):
+            # Streamed from the Hub, threads would decode pictures before they get here, in any format.
+            options["decode_num_threads"] = 0
+        pairs = datasets.load_dataset(
+            path, split=split, data_files=files, streaming=streaming, revision=revision, **options
+        )
     except _UNREADABLE as error:
         found = "" if os.path.exists(source) else ", which is no folder here,"
         raise ValueError(f"The split {split!r} of {path!r}{found} cannot be opened: {_reason(error)}") from error
