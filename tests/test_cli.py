@@ -281,7 +281,7 @@ def test_the_picture_itself_may_be_overwritten(folder, iedit):
 # Files that cannot be read or written
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "truncated"])
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "truncated", "EPS"])
 @pytest.mark.parametrize("place", ["IMAGE", "--mask"])
 def test_unreadable_image(folder, refused_at_once, kind, place):
     bad = folder / "bad.png"
@@ -289,6 +289,9 @@ def test_unreadable_image(folder, refused_at_once, kind, place):
         bad.mkdir()
     elif kind == "text":
         bad.write_text("no picture")
+    elif kind == "EPS":
+        # Whatever its name is, PIL would have Ghostscript draw it.
+        Image.new("RGB", (8, 8)).save(bad, "EPS")
     elif kind != "missing":
         bad.write_bytes((folder / "in.png").read_bytes()[: 3000 if kind == "truncated" else 0])
     argv = [bad, "car", "-o", "out.png"] if place == "IMAGE" else ["in.png", "car", "-o", "out.png", "--mask", bad]
