@@ -14,6 +14,7 @@ import pytest
 from hub_server import TOKEN
 from PIL import Image
 from small_build import ANY_MASK, COUNT, arguments, build, build_dataset, command, options, processes, rows, write_pool
+from transformers import CLIPTokenizer
 
 from diffusers_iedit import mini
 from diffusers_iedit.pairs import FEATURES, load_pairs, validate
@@ -241,6 +242,30 @@ def test_no_pair_left_is_an_error_that_counts_what_was_left_out(tmp_path):
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"No pair is left of 1 rows\. Left out: \{'no_neighbour': 1\}"):
             build(tmp_path / "out", options(one, caption_column="text"))
+
+
+def test_edits_that_come_after_the_last_token_are_dropped_and_counted(tmp_path):
+    seeds = range(FIRST_SEED, FIRST_SEED + 8)
+    captions = [mini.render(seed).caption for seed in seeds]
+    # Of one token a word: the mini CLIP takes 24.
+    captions[2], captions[5] = ("and " * 30 + captions[number] for number in (2, 5))
+    source = write_pool(tmp_path / "source", seeds, captions)
+    numbers = build(tmp_path / "out", options(source, caption_column="text", **ANY_MASK))
+    assert numbers["dropped"]["edit_cut_off"] == numbers["stages"]["retrieve"]["dropped"]["edit_cut_off"] == 2
+    assert numbers["rows_in"] == numbers["rows_out"] + sum(numbers["dropped"].values())
+    tokenizer = CLIPTokenizer.from_pretrained(mini.clip_path())
+    assert validate(tmp_path / "out", tokenizer=tokenizer) == []
+    assert not [text for text in rows(tmp_path / "out")["source_caption"].to_pylist() if text.startswith("and")]
+
+
+def test_what_people_give_stays_text_in_the_card(finished, undisturbed, pool):
+    note = "<b>CC</b> [x](https://evil)\n\n# Heading | `x`"
+    build(finished, options(pool), redo="write", license_note=note)
+    card, before = ((folder / "README.md").read_text() for folder in (finished, undisturbed))
+    assert r"they may be used: &lt;b&gt;CC&lt;/b&gt; \[x\](https://evil) # Heading \| \`x\`" in card
+    assert [line for line in card.splitlines() if line.startswith("#")] == [
+        line for line in before.splitlines() if line.startswith("#")
+    ]
 
 
 @pytest.mark.parametrize(("images", "reason"), [([], "it is empty"), ([b"no image"], "{'unreadable': 1}")])

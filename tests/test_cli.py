@@ -355,7 +355,7 @@ def test_help_names_the_values_of_networks(capsys):
 # Files that cannot be read or written
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "truncated"])
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "truncated", "EPS"])
 @pytest.mark.parametrize("place", ["IMAGE", "--mask"])
 def test_unreadable_image(folder, refused_at_once, kind, place):
     bad = folder / "bad.png"
@@ -363,6 +363,9 @@ def test_unreadable_image(folder, refused_at_once, kind, place):
         bad.mkdir()
     elif kind == "text":
         bad.write_text("no picture")
+    elif kind == "EPS":
+        # Whatever its name is, PIL would have Ghostscript draw it.
+        Image.new("RGB", (8, 8)).save(bad, "EPS")
     elif kind != "missing":
         bad.write_bytes((folder / "in.png").read_bytes()[: 3000 if kind == "truncated" else 0])
     argv = [bad, "car", "-o", "out.png"] if place == "IMAGE" else ["in.png", "car", "-o", "out.png", "--mask", bad]

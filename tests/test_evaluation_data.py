@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -128,7 +129,7 @@ def test_a_set_without_a_column_that_is_needed_is_refused(tmp_path, rows, name):
 
 def test_an_empty_set_of_pairs_is_refused(tmp_path):
     small_pairs.write_pairs(tmp_path / "pairs", [])
-    with pytest.raises(ValueError, match="corresponds to no data"):
+    with pytest.raises(ValueError, match="has no rows"):
         load_examples(str(tmp_path / "pairs"))
 
 
@@ -140,12 +141,15 @@ def test_a_set_that_is_not_there_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source_mask": Image.new("L", (32, 64), 255)}, "the mask is 32 x 64, but the image is 64 x 64"),
-        ({"source_mask": Image.new("L", (64, 64))}, "the mask is black"),
-        ({"source_mask": Image.new("L", (64, 64), 1)}, "the mask is black"),
+        ({"source_mask": Image.new("L", (32, 64), 255)}, "`source_mask` is 32 x 64, but `source_image` is 64 x 64"),
+        ({"source_mask": Image.new("L", (64, 64))}, "`source_mask` is black"),
+        ({"source_mask": Image.new("L", (64, 64), 1)}, "`source_mask` is black"),
         ({"source_mask": Image.new("RGB", (64, 64), "white")}, "has to be 8-bit grey .* has mode RGB"),
         ({"source_mask": None}, "`source_mask` is missing"),
-        ({"target_term": ""}, "`target_term` is missing"),
+        ({"target_term": ""}, "`target_term` is empty"),
+        ({"edit_prompt": " "}, "`edit_prompt` is empty"),
+        ({"source_image": Image.new("I;16", (64, 64), 300)}, "`source_image` has to be RGB, but .* mode I;16"),
+        ({"source_mask": Image.new("LA", (64, 64), (255, 0))}, "has to be 8-bit grey .* has mode LA"),
     ],
 )
 def test_an_example_that_does_not_fit_is_named_by_its_row_when_it_is_read(tmp_path, rows, changes, message):
@@ -167,7 +171,7 @@ def test_a_damaged_image_is_named_by_its_row_and_spoils_no_other_example(tmp_pat
 
     examples = load_examples(str(tmp_path / "pairs"))
     assert examples[8].image == rows[8]["source_image"]
-    with pytest.raises(ValueError, match=r"row 9: the image or its mask cannot be decoded"):
+    with pytest.raises(ValueError, match=r"row 9: `source_image` cannot be decoded"):
         examples[9]
 
 
@@ -252,7 +256,19 @@ def test_pie_benchs_terms_name_the_thing_that_the_changed_word_describes(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("blended", "terms"), [("sea ocean", ("sea", "ocean")), ("", (None, None)), (None, (None, None))]
+    ("blended", "terms"),
+    [
+        ("sea ocean", ("sea", "ocean")),
+        ("", (None, None)),
+        (None, (None, None)),
+        ("sea", (None, None)),
+        # As others write it who make this format of PIE-Bench++ and its like.
+        (["sea", "ocean"], ("sea", "ocean")),
+        (["deep sea,wide ocean", "sky,sky"], ("deep sea", "wide ocean")),
+        ('["sea,ocean"]', ("sea", "ocean")),
+        (["sea,"], (None, None)),
+        ([], (None, None)),
+    ],
 )
 def test_prompts_that_differ_in_nothing_take_their_terms_from_the_blended_words(tmp_path, blended, terms):
     prompts = {"original_prompt": "the sea", "editing_prompt": "the [sea]", "blended_word": blended}
@@ -267,6 +283,28 @@ def test_runs_fill_the_mask_row_by_row_and_the_border_always_belongs_to_it():
     expected[1, 510:], expected[2, :2] = True, True
     expected[100, 50:70] = True
     np.testing.assert_array_equal(mask, expected)
+
+
+def test_runs_may_be_text_as_in_pie_bench_plus_plus(tmp_path):
+    example = load_examples(write_pie_bench(tmp_path, mask="102400 512"))[1]
+    np.testing.assert_array_equal(np.asarray(example.mask) == 255, decode_runs([512 * 200, 512]))
+
+
+def test_a_number_may_say_the_type_of_an_edit(tmp_path):
+    assert load_examples(write_pie_bench(tmp_path, editing_type_id=3))[1].group == "delete object"
+
+
+@pytest.mark.parametrize("path", ["{folder}/private.png", "../../private.png", "link.png", "linked/private.png"])
+def test_an_image_outside_of_the_folder_is_refused(tmp_path, path):
+    Image.new("RGB", (512, 512)).save(tmp_path / "private.png")
+    source = write_pie_bench(tmp_path / "pie")
+    os.symlink(tmp_path / "private.png", tmp_path / "pie" / "annotation_images" / "link.png")
+    os.symlink(tmp_path, tmp_path / "pie" / "annotation_images" / "linked")
+    mapping = json.loads((tmp_path / "pie" / "mapping_file.json").read_text())
+    mapping["111000000000"]["image_path"] = path.format(folder=tmp_path)
+    (tmp_path / "pie" / "mapping_file.json").write_text(json.dumps(mapping))
+    with pytest.raises(ValueError, match=r"entry '111000000000': .* of a set only its own files are read"):
+        load_examples(source)
 
 
 def test_a_run_beyond_the_last_pixel_ends_there():
@@ -286,6 +324,16 @@ def test_broken_runs_are_refused_with_the_name_of_their_entry(tmp_path, runs):
         ({"image_path": None}, "`image_path` is missing"),
         ({"editing_prompt": None}, "`editing_prompt` is missing"),
         ({"editing_instruction": 5}, "`editing_instruction` is missing or no text"),
+        ({"editing_instruction": "\ud800"}, "`editing_instruction` is missing or no text"),
+        ({"original_prompt": ["a cat"]}, "`original_prompt` is missing or no text"),
+        ({"editing_prompt": " [] "}, "`editing_prompt` is empty"),
+        ({"image_path": "a\0.png"}, "`image_path`: embedded null byte"),
+        ({"image_path": ["a.png"]}, "`image_path` is missing or no text"),
+        ({"editing_type_id": True}, "`editing_type_id` has to be one of 0 to 9, but is True"),
+        ({"editing_type_id": ["1"]}, "`editing_type_id` has to be one of 0 to 9, but is "),
+        ({"blended_word": 5}, "`blended_word` has to be two words, as text or as a list, but is 5"),
+        ({"blended_word": ["sea", ["a"]]}, "`blended_word` has to be two words, as text or as a list, but is "),
+        ({"blended_word": {"sea": "ocean"}}, "`blended_word` has to be two words, as text or as a list, but is "),
         ({"editing_type_id": "10"}, "`editing_type_id` has to be one of 0 to 9, but is '10'"),
     ],
 )
@@ -301,7 +349,9 @@ def test_an_entry_that_lacks_something_is_refused_by_its_name(tmp_path, changes,
         ("{", "is no JSON"),
         ("{}", "at least one entry"),
         ("[1]", "at least one entry"),
+        ("[" * 100_000, "is no JSON"),
         ('{"../x": {}}', "the key is no name for a file"),
+        ('{"' + 300 * "x" + '": {}}', "the key is no name for a file"),
         ('{"1": 5}', "the entry has to be an object, but is 5"),
     ],
 )
@@ -317,6 +367,11 @@ def test_a_folder_without_a_proper_mapping_file_is_refused(tmp_path, text, messa
     [
         (lambda file: file.write_bytes(b"no image"), "the image cannot be read"),
         (lambda file: file.write_bytes(file.read_bytes()[:400]), "the image cannot be read"),
+        (
+            lambda file: Image.new("L", (512, 512)).save(file, "EPS"),
+            "the image cannot be read: it is damaged, or",
+        ),
+        (lambda file: Image.new("I;16", (512, 512), 300).save(file, "PNG"), "the image has to have 8 bits a channel"),
         (lambda file: Image.new("RGB", (640, 512)).save(file), "the mask is 512 x 512, but the image is 640 x 512"),
     ],
 )
@@ -448,7 +503,7 @@ def test_another_split_of_the_mini_benchmark_is_refused():
 
 def test_pictures_are_read_only_when_they_are_asked_for(tmp_path, rows, monkeypatch):
     read, open_image = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda *args: read.append(args) or open_image(*args))
+    monkeypatch.setattr(Image, "open", lambda *args, **options: read.append(args) or open_image(*args, **options))
     monkeypatch.setattr(mini.Scene, "image", property(read.append))
 
     load_examples("mini")

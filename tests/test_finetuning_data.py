@@ -13,7 +13,7 @@ from small_pairs import make_rows, tiny_models
 from diffusers_iedit import mini
 from diffusers_iedit.finetuning.data import ROWS_PER_FILE, CachedPairStream, PairStream, cache_pairs, draw_noise
 from diffusers_iedit.finetuning.models import PairEncoder, load_clip
-from diffusers_iedit.pairs.schema import FEATURES
+from diffusers_iedit.pairs.schema import FEATURES, validate
 
 
 SIDES = ("source", "target")
@@ -181,7 +181,7 @@ def test_a_sample_of_a_mask_of_another_size_names_its_row_and_both_sizes():
 def test_an_image_that_cannot_be_decoded_names_its_row():
     rows = make_rows(3)
     rows[1]["source_image"] = {"bytes": b"no picture", "path": None}
-    with pytest.raises(ValueError, match=r"^Row 1 of the pairs cannot be read"):
+    with pytest.raises(ValueError, match=r"^Row 1 of the pairs: `source_image` cannot be decoded: "):
         PairStream(as_pairs(rows), 32).sample(1, (0.5, 0.5), False)
 
 
@@ -191,6 +191,44 @@ def test_a_value_that_is_missing_is_named_with_its_row(name):
     rows[1][name] = None
     with pytest.raises(ValueError, match=f"^Row 1 of the pairs: `{name}` is "):
         PairStream(as_pairs(rows), 32).sample(1, (0.5, 0.5), False)
+
+
+def alpha_mask():
+    """A mask that is drawn in the alpha channel, over white."""
+    mask = Image.new("LA", (64, 64), (255, 0))
+    mask.paste((255, 255), (8, 8, 24, 24))
+    return mask
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"source_image": Image.new("I;16", (64, 64), 300)},
+        {"target_image": Image.new("RGBA", (64, 64))},
+        {"target_mask": alpha_mask()},
+        {"source_mask": Image.new("L", (64, 64), 100)},
+        {"edit_prompt": "  "},
+        {"source_term": "\n"},
+        {"similarity": 2.0},
+        {"source_caption": "a red car", "edit_prompt": "a red car"},
+        {"source_caption": "red car " * 40 + "day", "edit_prompt": "red car " * 40 + "night"},
+        {"source_image": {"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "path": None}},
+    ],
+)
+def test_a_faulty_row_is_the_same_fault_to_validate_and_when_its_turn_comes(changes):
+    rows, tokenizer = make_rows(3), tiny_models.tokenizer()
+    rows[1] |= changes
+    pairs = as_pairs(rows)
+    (fault,) = validate(pairs, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"^Row 1 of the pairs: ") as error:
+        PairStream(pairs, 32, tokenizer=tokenizer).sample(1, (0.5, 0.5), False)
+    assert str(error.value) == fault.replace("the pairs, row 1", "Row 1 of the pairs")
+
+
+def test_a_picture_with_more_pixels_than_pil_allows_names_its_row(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 63 * 63 // 2)
+    with pytest.raises(ValueError, match=r"^Row 1 of the pairs: `source_image` cannot be decoded: Image size \(4096 "):
+        PairStream(as_pairs(make_rows(3)), 32).sample(1, (0.5, 0.5), False)
 
 
 # Cached latents

@@ -1,5 +1,6 @@
 """The card of a fine-tuned model, and its push: the real client in processes of its own, against a Hub on loopback."""
 
+import ast
 import json
 import re
 import shlex
@@ -21,7 +22,7 @@ from test_pipeline import box_mask, make_pipe, picture
 
 from diffusers_iedit import IEditPipeline, pipeline
 from diffusers_iedit.finetuning import hub as module
-from diffusers_iedit.finetuning.hub import CODE_FILES, LORA_FILE, push_folder, write_model_card
+from diffusers_iedit.finetuning.hub import CODE_FILES, LORA_FILE, check_license, push_folder, write_model_card
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
@@ -165,6 +166,60 @@ def test_a_card_without_a_license_says_that_the_base_models_applies(folder):
     assert "`creativeml-openrail-m`" in sentences(stated)
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("Apache 2.0", "near to it are apache-2.0"),
+        ("openrail-m", "openrail"),
+        ("MIT", "mit"),
+        ("my own", ""),
+        ("", ""),
+    ],
+)
+def test_a_license_that_the_hub_does_not_know_is_refused_with_what_is_near(folder, name, near):
+    with pytest.raises(ValueError, match=rf"`license` has to be a name from https.*, got '{name}'.*{near}"):
+        check_license(name)
+    with pytest.raises(ValueError, match="`license` has to be"):
+        write_card(folder, license=name)
+    assert not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["apache-2.0", "creativeml-openrail-m", "openrail++", "cc-by-nc-sa-4.0", "other", None]
+)
+def test_a_license_of_the_hub_is_taken(name):
+    check_license(name)
+
+
+HOSTILE = """](https://evil) <script>x</script> | `x` {{ repo_id }}
+
+# --- *y* ![a](training_args.json)"""
+
+
+def test_what_people_give_stays_text_in_the_card(folder):
+    card = write_card(
+        folder,
+        repo_id='me/"""\n```\n# evil',
+        base_model=HOSTILE,
+        dataset=HOSTILE,
+        settings={"validation_prompts": [HOSTILE], "seed": HOSTILE},
+        evaluation=[{"method": HOSTILE}],
+    )
+    plain = write_card(folder, settings={"validation_prompts": "x", "seed": "x"}, evaluation=[{"method": "x"}])
+    headings = [[line for line in each.text.splitlines() if line.startswith("#")] for each in (card, plain)]
+    assert headings[0] == headings[1]
+    assert not {"base_model", "datasets"} & set(card.data.to_dict())
+    # What is left without code is neither HTML nor a link, and adds no column to a table.
+    text = re.sub(r"```.*?\n```$|(`{2,}) .+? \1", "", card.text, flags=re.DOTALL | re.MULTILINE)
+    assert "<script>" not in text
+    assert "](https://evil)" not in text.replace("\\]", "")
+    assert re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text) == ["images/1.png", "loss.png"]
+    rows = [line for line in card.text.splitlines() if "validation_prompts" in line]
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [3]
+    (repo,) = re.findall(r"^repo = (.*)  # this repository$", card.text, flags=re.MULTILINE)
+    assert ast.literal_eval(repo) == 'me/"""\n```\n# evil'
+
+
 def test_hub_ids_are_linked(folder):
     text = sentences(write_card(folder))
     assert f"fine-tuned with a LoRA from [{BASE}](https://huggingface.co/{BASE})" in text
@@ -268,7 +323,7 @@ def pushed(model, tmp_path_factory):
     """A Hub that got a run's folder, `.local`; `.printed` is what the process said."""
     folder = tmp_path_factory.mktemp("pushed")
     shutil.copytree(model, folder / "run")
-    write_card(folder / "run")
+    write_card(folder / "run", dataset="own ![pairs](training_args.json)")
     leave_the_rest(folder / "run")
     code = f"""
 from diffusers_iedit.finetuning.hub import check_hub, push_folder

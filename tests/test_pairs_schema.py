@@ -1,13 +1,22 @@
 """The columns of a set of pairs: what `load_pairs` opens, and what `validate` finds."""
 
 import importlib
+import io
+import json
+import os
+import shutil
 import sys
+import zipfile
 import zlib
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+import tiny_models
+from hub_server import files_in, output
+from PIL import EpsImagePlugin, Image
 
 from diffusers_iedit.pairs import FEATURES, load_pairs, validate
 
@@ -44,6 +53,22 @@ def dataset(rows, features=FEATURES):
 
 def save(folder, pairs, split="train"):
     pairs.to_parquet(folder / f"{split}-00000.parquet")
+    return folder
+
+
+def encode(image, kind="PNG"):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def save_with_path(folder, path):
+    """A set of one pair whose source image is not in the table, which names a file."""
+    folder.mkdir(exist_ok=True)
+    table = pq.read_table(save(folder, dataset([row()])) / "train-00000.parquet")
+    rows = table.to_pylist()
+    rows[0]["source_image"] = {"bytes": None, "path": str(path)}
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), folder / "train-00000.parquet")
     return folder
 
 
@@ -203,7 +228,7 @@ def test_a_row_may_have_several_faults():
 
 def test_a_set_without_rows_is_one_fault(tmp_path):
     assert validate(dataset([])) == ["the pairs: there are no rows."]
-    with pytest.raises(ValueError, match="there are no rows"):
+    with pytest.raises(ValueError, match="has no rows"):
         load_pairs(save(tmp_path, dataset([])), streaming=True)
 
 
@@ -245,6 +270,214 @@ def test_a_folder_is_not_taken_for_another_one_of_its_name(tmp_path):
 def test_a_folder_that_was_written_anew_is_read_anew(tmp_path):
     for count in (1, 2):
         assert len(load_pairs(save(tmp_path, dataset([row(number) for number in range(count)])))) == count
+
+
+# What lies elsewhere
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A picture of the machine that is none of the set's, fit for its row, also in an archive."""
+    folder = tmp_path / "private"
+    folder.mkdir()
+    row()["source_image"].save(folder / "photo.png")
+    with zipfile.ZipFile(folder / "photos.zip", "w") as archive:
+        archive.write(folder / "photo.png", "photo.png")
+    (tmp_path / "pairs").mkdir()
+    os.symlink(folder / "photo.png", tmp_path / "pairs" / "link.png")
+    os.symlink(folder, tmp_path / "pairs" / "linked")
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "{elsewhere}/photo.png",
+        "../private/photo.png",
+        "link.png",
+        "linked/photo.png",
+        "{pairs}/../private/photo.png",
+        "{pairs}-not/photo.png",
+        "file://{elsewhere}/photo.png",
+        "zip://photo.png::{elsewhere}/photos.zip",
+        "zip://photo.png::file://{elsewhere}/photos.zip",
+        "simplecache::{elsewhere}/photo.png",
+        "https://127.0.0.1:9/photo.png",
+        "https://127.0.0.1:9::{pairs}/train-00000.parquet",
+        "hf://datasets/someone/pictures@main/photo.png",
+    ],
+)
+def test_a_picture_that_is_not_in_the_folder_of_the_set_is_not_read(tmp_path, elsewhere, path, streaming):
+    path = path.format(elsewhere=elsewhere, pairs=tmp_path / "pairs")
+    folder = save_with_path(tmp_path / "pairs", path)
+    (fault,) = validate(folder)
+    assert fault.startswith(
+        f"{folder}, row 0: `source_image` cannot be decoded: it names the file {path}, which is not"
+    )
+    with pytest.raises(ValueError, match="of a set only its own files are read"):
+        load_pairs(folder, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "path",
+    ["images/photo.png", "{pairs}/images/photo.png", "images/../link.png", "zip://photo.png::{pairs}/photos.zip"],
+)
+def test_a_picture_in_the_folder_of_the_set_may_be_named_by_its_path(tmp_path, elsewhere, path, streaming):
+    folder = tmp_path / "pairs"
+    shutil.copytree(elsewhere, folder / "images")
+    shutil.move(folder / "images" / "photos.zip", folder)
+    (folder / "link.png").unlink()
+    os.symlink(folder / "images" / "photo.png", folder / "link.png")
+    save_with_path(folder, path.format(pairs=folder))
+    assert validate(folder) == []
+    (pair,) = load_pairs(folder, streaming=streaming)
+    np.testing.assert_array_equal(pair["source_image"], row()["source_image"])
+
+
+def test_a_picture_that_is_gone_is_a_fault(tmp_path):
+    (fault,) = validate(save_with_path(tmp_path / "pairs", "gone.png"))
+    assert "row 0: `source_image` cannot be decoded: " in fault
+    assert "gone.png" in fault
+
+
+def test_the_links_of_a_downloaded_snapshot_lead_to_its_own_files(tmp_path):
+    snapshot = tmp_path / "datasets--me--pairs" / "snapshots" / "0123"
+    blobs = snapshot.parents[1] / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    row()["source_image"].save(blobs / "4567", "PNG")
+    os.symlink("../../blobs/4567", snapshot / "photo.png")
+    assert validate(save_with_path(snapshot, "photo.png")) == []
+
+
+def test_a_picture_elsewhere_is_found_in_any_row_before_a_copy_of_the_set_could_hold_it(tmp_path, elsewhere):
+    folder = save(tmp_path / "pairs", dataset([row(number) for number in range(9)]))
+    save_with_path(tmp_path / "one", elsewhere / "photo.png")
+    shutil.move(tmp_path / "one" / "train-00000.parquet", folder / "train-00001.parquet")
+    with pytest.raises(ValueError, match=r"pairs, row 9: `source_image` .* of a set only its own files are read"):
+        load_pairs(folder)
+    stream = iter(load_pairs(folder, streaming=True))
+    with pytest.raises(ValueError, match="of a set only its own files are read"):
+        list(stream)
+
+
+def test_of_a_set_of_the_hub_its_own_pictures_are_read_and_no_others(tmp_path, elsewhere, hub):
+    columns = {name: value for name, value in row().items() if not isinstance(value, Image.Image)}
+    pictures = {name: encode(value) for name, value in row().items() if isinstance(value, Image.Image)}
+    line = json.dumps(columns | {f"{name}_file_name": f"{name}.png" for name in pictures}).encode()
+    hub.add("datasets", "me/folder", {f"{name}.png": png for name, png in pictures.items()} | {"metadata.jsonl": line})
+    for name, path in {
+        "private": elsewhere / "photo.png",
+        "other": "hf://datasets/me/folder@main/source_image.png",
+        "own": "hf://datasets/me/own@main/photo.png",
+    }.items():
+        folder = save_with_path(tmp_path / name, path)
+        hub.add("datasets", f"me/{name}", files_in(folder) | {"photo.png": pictures["source_image"]})
+    code = """
+import json
+from diffusers_iedit.pairs import load_pairs, validate
+found = {}
+for name in ("folder", "own", "private", "other"):
+    for streaming in (False, True):
+        try:
+            pairs = list(load_pairs(f"me/{name}", streaming=streaming))
+            found[f"{name} {streaming}"] = [list(pair["source_image"].size) for pair in pairs]
+        except ValueError as error:
+            found[f"{name} {streaming}"] = str(error).splitlines()[-1]
+print(json.dumps(found))
+"""
+    found = json.loads(output(hub.run(code)))
+    for streaming in (False, True):
+        assert found[f"folder {streaming}"] == found[f"own {streaming}"] == [[50, 40]]
+        for name in ("private", "other"):
+            assert "of a set only its own files are read" in found[f"{name} {streaming}"]
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "ICO", "TGA", "PDF"])
+def test_a_picture_in_a_format_that_no_photograph_comes_in_is_a_fault(monkeypatch, tmp_path, kind):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    image = {"bytes": encode(row()["source_image"], kind), "path": None}
+    expected = "row 0: `source_image` cannot be decoded: it is damaged, or none of JPEG, PNG,"
+    (fault,) = validate(dataset([row() | {"source_image": image}]))
+    assert expected in fault
+    with pytest.raises(ValueError, match=expected):
+        load_pairs(save(tmp_path, dataset([row() | {"source_image": image}])))
+
+
+# Prompts
+
+
+def test_the_same_prompt_twice_is_one_fault():
+    assert faults(edit_prompt="a red  car number 1 ") == [
+        "the pairs, row 1: `source_caption` and `edit_prompt` are the same: there is nothing to edit."
+    ]
+
+
+def test_prompts_that_differ_after_the_last_token_are_one_fault_to_those_who_name_the_tokenizer(tmp_path):
+    # One token a letter.
+    long = "a red car, and all around it so many other things that the edit comes after them: 12345678901234567890"
+    pairs = dataset([row(), row(1) | {"source_caption": f"{long} day", "edit_prompt": f"{long} night"}])
+    assert validate(pairs) == []
+    tokenizer = tiny_models.tokenizer()
+    expected = "row 1: `source_caption` and `edit_prompt` are the same tokens to the model, which takes 77"
+    (fault,) = validate(pairs, tokenizer=tokenizer)
+    assert expected in fault
+    with pytest.raises(ValueError, match=expected):
+        load_pairs(save(tmp_path, pairs), tokenizer=tokenizer)
+
+
+# Tables
+
+
+def rewrite(table, damage):
+    if damage == "no rows":
+        return table.slice(0, 0)
+    if damage == "a column less":
+        return table.drop_columns("similarity")
+    if damage == "a column more":
+        return table.append_column("url", pa.array(["http://a"] * len(table)))
+    return table.set_column(table.schema.get_field_index("similarity"), "similarity", pa.array(["high"] * len(table)))
+
+
+@pytest.mark.parametrize("open_set", [load_pairs, validate, lambda folder: load_pairs(folder, streaming=True)])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no bytes", "{file} is no whole Parquet file: Parquet file size is 0 bytes"),
+        ("no rows", "{file} has no rows."),
+        ("a column less", "{file} has no column similarity, but {first} of the same set has."),
+        ("a column more", "{first} has no column url, but {file} of the same set has."),
+        ("another type", "{file} has string in column similarity, but {first} of the same set has float."),
+    ],
+)
+def test_a_table_that_does_not_go_with_the_others_is_named(tmp_path, capfd, open_set, damage, message):
+    first, file = tmp_path / "train-00000.parquet", tmp_path / "train-00001.parquet"
+    save(tmp_path, dataset([row(number) for number in range(9)]))
+    if damage == "no bytes":
+        file.touch()
+    else:
+        pq.write_table(rewrite(pq.read_table(first), damage), file)
+    with pytest.raises(ValueError, match="cannot be opened") as error:
+        open_set(tmp_path)
+    reason = message.format(file=file, first=first)
+    assert str(error.value) == f"The split 'train' of '{tmp_path}' cannot be opened: {reason}"
+    assert "Failed to read" not in capfd.readouterr().err
+
+
+def test_a_set_of_one_table_without_rows_names_it(tmp_path):
+    save(tmp_path, dataset([]))
+    with pytest.raises(ValueError, match=r"train-00000.parquet has no rows\.$"):
+        load_pairs(tmp_path)
+
+
+def test_tables_may_differ_in_what_datasets_casts(tmp_path):
+    save(tmp_path, dataset([row()]))
+    types = {name: datasets.Value("large_string") for name in TEXTS} | {"similarity": datasets.Value("float64")}
+    other = dataset([row(1)], datasets.Features(FEATURES | types)).select_columns(sorted(FEATURES))
+    other.to_parquet(tmp_path / "train-00001.parquet")
+    assert validate(tmp_path) == []
 
 
 def test_without_its_libraries_the_package_names_the_extra_that_brings_them(monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from collections import Counter
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_server import output
 from PIL import Image
 
 from diffusers_iedit.pairs.read import (
@@ -196,6 +198,36 @@ def test_without_a_pool_there_is_one_collection():
     assert list(ReadOptions("somewhere").collections()) == ["source"]
 
 
+@pytest.mark.parametrize("path", ["{folder}/private.jpg", "../private.jpg", "link.jpg", "file://{folder}/private.jpg"])
+def test_a_path_that_leads_out_of_the_collection_stops_the_reading(tmp_path, path):
+    (tmp_path / "private.jpg").write_bytes(jpeg(0))
+    (tmp_path / "pool").mkdir()
+    os.symlink(tmp_path / "private.jpg", tmp_path / "pool" / "link.jpg")
+    path = path.format(folder=tmp_path)
+    write_parquet(tmp_path / "pool" / "a.parquet", {"image": [{"bytes": None, "path": path}]})
+    for source in (tmp_path / "pool", tmp_path / "pool" / "a.parquet"):
+        error = error_of(source)
+        assert error.startswith(
+            f"`source` '{source}': a row cannot be read: it names the file {path}, which is not in"
+        )
+
+
+def test_images_that_are_links_out_of_a_folder_stop_the_reading(tmp_path):
+    (tmp_path / "private.jpg").write_bytes(jpeg(0))
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / "0.jpg").write_bytes(jpeg(1))
+    os.symlink(tmp_path / "private.jpg", tmp_path / "pool" / "1.jpg")
+    assert "1.jpg, which is not in" in error_of(tmp_path / "pool")
+
+
+def test_a_file_name_in_the_metadata_may_not_lead_out_of_a_folder_either(tmp_path):
+    (tmp_path / "private.jpg").write_bytes(jpeg(0))
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / "0.jpg").write_bytes(jpeg(1))
+    (tmp_path / "pool" / "metadata.jsonl").write_text('{"file_name": "../private.jpg", "text": "a"}')
+    assert "../private.jpg" in error_of(tmp_path / "pool")
+
+
 # What cannot be opened
 
 
@@ -263,6 +295,23 @@ def test_columns_of_another_type_are_an_error(tmp_path):
         file, image_column="width"
     )
     assert "`caption_column` 'texts' has to hold text" in error_of(file, caption_column="texts")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())}, "b.parquet has no rows."),
+        ({"image": [jpeg(1)]}, "b.parquet has no column text, but "),
+        ({"image": [jpeg(1)], "text": ["b"], "url": ["c"]}, "a.parquet has no column url, but "),
+        ({"image": [jpeg(1)], "text": [5]}, "b.parquet has int64 in column text, but "),
+    ],
+)
+def test_a_table_that_does_not_go_with_the_others_is_named(tmp_path, columns, message):
+    write_parquet(tmp_path / "a.parquet", {"image": [jpeg(0)], "text": ["a"]})
+    write_parquet(tmp_path / "b.parquet", columns)
+    error = error_of(tmp_path, caption_column="text")
+    assert error.startswith(f"`source` '{tmp_path}' cannot be opened: {tmp_path}/{message}")
+    assert "\n" not in error
 
 
 def test_files_without_types_are_an_error(tmp_path):
@@ -430,12 +479,25 @@ def test_an_error_that_is_no_damage_stops_the_reading(error):
     assert dropped == {}
 
 
-def test_an_image_that_a_server_does_not_find_stops_the_reading():
+def test_an_image_that_a_server_does_not_find_stops_the_reading(monkeypatch):
+    monkeypatch.setattr("diffusers_iedit.pairs.read.set_roots", lambda source: ("/nowhere", "memory://"))
     options, dropped = ReadOptions("somewhere"), Counter()
     stream = [{"image": {"bytes": None, "path": "memory://gone.jpg"}}]
     with pytest.raises(FileNotFoundError):
         list(read_rows(stream, options.collections()["source"], options, dropped))
     assert dropped == {}
+
+
+def test_a_folder_of_images_of_the_hub_is_a_source(hub):
+    hub.add("datasets", "me/photos", {f"{number}.jpg": jpeg(number) for number in range(2)})
+    code = """
+from collections import Counter
+from diffusers_iedit.pairs.read import ReadOptions, read_rows
+options = ReadOptions("me/photos")
+collection = options.collections()["source"]
+print([len(row["image"]) for row in read_rows(collection.open(), collection, options, Counter())])
+"""
+    assert output(hub.run(code)) == f"{[len(jpeg(number)) for number in range(2)]}\n"
 
 
 # Runs in a process whose Hub is the one on loopback.

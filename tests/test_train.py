@@ -517,6 +517,21 @@ def test_a_bad_row_is_named_with_its_fault(tmp_path, base, capsys, row, name, va
     assert not (tmp_path / "model/model_index.json").exists()
 
 
+def test_prompts_that_the_base_cannot_tell_apart_are_named_with_their_row(tmp_path, base, capsys):
+    rows = make_rows()
+    # The tiny base's tokenizer takes 77 letters.
+    rows[10] |= {"source_caption": 20 * "long " + "day", "edit_prompt": 20 * "long " + "night"}
+    pairs = write_pairs(tmp_path / "pairs", rows)
+    said = error(arguments(pairs, base, tmp_path / "model", "--max_train_steps", 6, "--loss", "paired"), capsys)
+    assert said.startswith("Row 10 of the pairs: `source_caption` and `edit_prompt` are the same tokens to the model")
+
+
+def test_a_license_that_the_hub_does_not_know_is_refused_before_anything_is_done(tmp_path, pairs, base, capsys):
+    message = error(arguments(pairs, base, tmp_path / "model", "--license", "Apache 2.0"), capsys)
+    assert "near to it are apache-2.0" in message
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize("kind", ["SDXL", "SD3", "inpainting"])
 def test_a_base_that_is_no_stable_diffusion_1_or_2_is_refused(tmp_path, pairs, capsys, kind):
     base = tmp_path / "base"

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from diffusers_iedit.finetuning.checkpoints import list_checkpoints, load_checkpoint, register_hooks, save_checkpoint
 from diffusers_iedit.finetuning.data import CachedPairStream, PairStream, cache_pairs, draw_noise
-from diffusers_iedit.finetuning.hub import check_hub, push_folder, write_model_card
+from diffusers_iedit.finetuning.hub import check_hub, check_license, push_folder, write_model_card
 from diffusers_iedit.finetuning.models import (
     TRAIN_BLOCKS,
     PairEncoder,
@@ -317,6 +317,7 @@ def write_card(
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     output_dir, terms = args.output_dir, tuple(args.loss.split("+"))
+    check_license(args.license)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -410,10 +411,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3. The data: a stream of samples, each drawn from its position in the stream.
     with accelerator.main_process_first():
-        pairs = load_pairs(args.train_data, args.train_split)
+        pairs = load_pairs(args.train_data, args.train_split, tokenizer=pipe.tokenizer)
         shown = load_pairs(args.validation_data) if args.validation_data else pairs
     shown = shown.select(range(min(args.num_validation_pairs, len(shown))))
-    stream = PairStream(pairs, args.resolution, args.random_crop, args.random_flip, args.caption_dropout, args.seed)
+    augmentation = (args.random_crop, args.random_flip, args.caption_dropout)
+    stream = PairStream(pairs, args.resolution, *augmentation, args.seed, pipe.tokenizer)
     if args.cache_latents:
         weights = [float(p.sum()) for model in (vae, text_encoder, clip) if model for p in model.parameters()]
         key = Hasher.hash(

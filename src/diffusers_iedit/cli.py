@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from . import __version__
+from .images import open_image
 
 
 if TYPE_CHECKING:
@@ -276,14 +277,11 @@ def _add_mask_prompts(group):
 
 def _read_image(path: Path) -> Image.Image:
     try:
-        image = Image.open(path)
-        image.load()
+        return open_image(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    # A broken file makes Pillow's decoders raise nearly anything.
-    except Exception as error:
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from error
-    return image
 
 
 def _output_paths(path: Path, num_images: int, inputs: tuple[Path, ...]) -> list[Path]:

@@ -11,8 +11,11 @@ from pathlib import Path
 from datasets import load_dataset
 from finetune import HERE, run
 from PIL import Image
+from transformers import CLIPTokenizer
 
+from diffusers_iedit import mini
 from diffusers_iedit.pairs import load_pairs
+from diffusers_iedit.pairs.schema import same_tokens
 
 
 ROWS = {
@@ -46,7 +49,11 @@ def write_caption_pairs(pool: Path, pairs: Path, output_dir: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     captioned = load_pairs(pairs).map(with_captions)
-    captioned = captioned.filter(lambda *texts: all(texts), input_columns=["source_caption", "edit_prompt"])
+    tokenizer = CLIPTokenizer.from_pretrained(mini.model_path(), subfolder="tokenizer")
+    captioned = captioned.filter(
+        lambda *texts: all(texts) and not same_tokens(tokenizer, *texts),
+        input_columns=["source_caption", "edit_prompt"],
+    )
     captioned.to_parquet(partial / "train.parquet")
     partial.rename(output_dir)
 

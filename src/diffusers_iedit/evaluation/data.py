@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import Image as ImageFeature
 from PIL import Image
 
 from .. import mini
+from ..images import open_image
 from ..masking_iedit import difference_term
-from ..pairs.schema import load_pairs
+from ..pairs.files import locate, read_file, set_roots
+from ..pairs.schema import load_pairs, read_pair, with_encoded_images
 
 
 @dataclass(frozen=True)
@@ -137,38 +139,32 @@ def from_pairs(source: str, split: str = "train") -> Examples:
             mask does not fit.
     """
     columns = ["source_image", "source_mask", "source_caption", "edit_prompt", "source_term", "target_term"]
-    encoded = load_pairs(source, split=split).select_columns(columns)
-    for name in ("source_image", "source_mask"):
-        encoded = encoded.cast_column(name, ImageFeature(decode=False))
+    encoded = with_encoded_images(load_pairs(source, split=split).select_columns(columns))
 
-    content = hashlib.sha256()
-    for row in encoded:
-        for value in row.values():
+    content, roots = hashlib.sha256(), set_roots(source)
+    for number, row in enumerate(encoded):
+        for name, value in row.items():
             if isinstance(value, dict):
-                value = value["bytes"] or Path(value["path"]).read_bytes()
+                try:
+                    value = read_file(value, roots)
+                except (OSError, ValueError) as error:
+                    raise ValueError(f"{source}, row {number}: `{name}` cannot be read: {error}.") from error
             # Each part is hashed by itself, so that nothing can move from one to the next unseen.
             content.update(hashlib.sha256(value if isinstance(value, bytes) else str(value).encode()).digest())
 
     keys = [f"pair-{number:06}" for number in range(len(encoded))]
 
     def read(number: int) -> Example:
-        row, where = encoded[number], f"{source}, row {number}"
-        for name, value in row.items():
-            if not value:
-                raise ValueError(f"{where}: `{name}` is missing.")
-        try:
-            image, mask = (ImageFeature().decode_example(row[name]) for name in ("source_image", "source_mask"))
-        except Exception as error:
-            # Damaged files make PIL's decoders raise nearly anything.
-            raise ValueError(f"{where}: the image or its mask cannot be decoded: {error}") from error
-        _check_mask(mask, image, where)
+        pair, faults = read_pair(encoded[number], encoded.features, f"{source}, row {number}")
+        if faults:
+            raise ValueError(" ".join(faults))
         return Example(
             key=keys[number],
             group="all",
-            image=image.convert("RGB"),
-            mask=mask,
-            instruction=edit_instruction(row["source_term"], row["target_term"]),
-            **{name: row[name] for name in ("source_caption", "edit_prompt", "source_term", "target_term")},
+            image=pair["source_image"].convert("RGB"),
+            mask=pair["source_mask"],
+            instruction=edit_instruction(pair["source_term"], pair["target_term"]),
+            **{name: pair[name] for name in ("source_caption", "edit_prompt", "source_term", "target_term")},
         )
 
     return Examples(keys, read, content.hexdigest())
@@ -191,17 +187,18 @@ _PIE_BENCH_TYPES = (
     "change style",
 )
 
-_PIE_BENCH_TEXTS = ("image_path", "original_prompt", "editing_prompt", "editing_instruction", "editing_type_id")
+_PIE_BENCH_TEXTS = ("image_path", "original_prompt", "editing_prompt", "editing_instruction")
 
 
-def decode_runs(runs: list[int]) -> np.ndarray:
+def decode_runs(runs: list[int] | str) -> np.ndarray:
     """PIE-Bench's masks: runs [start, length, start, length, ...] of pixels to edit, row after row from the top left.
 
     As in PIE-Bench's own evaluation (https://huggingface.co/papers/2310.01506), a run that goes beyond the last pixel
     ends there, and all pixels of the border belong to the mask.
 
     Args:
-        runs (`list[int]`): Starts from 0 and lengths, in pixels.
+        runs (`list[int]` or `str`): Starts from 0 and lengths, in pixels; as text, as PIE-Bench++ has them, with
+            spaces between.
 
     Returns:
         `np.ndarray`: bool, shape (512, 512), True = edit.
@@ -210,6 +207,8 @@ def decode_runs(runs: list[int]) -> np.ndarray:
         ValueError: If these are no such runs.
     """
     pixels = PIE_BENCH_SIZE**2
+    if isinstance(runs, str) and re.fullmatch(r"[\d\s]*", runs):
+        runs = [int(number) for number in runs.split()]
     if not isinstance(runs, list) or len(runs) % 2 or not all(type(value) is int for value in runs):
         raise ValueError("the mask has to be a list of integers [start, length, start, length, ...].")
     mask = np.zeros(pixels, dtype=bool)
@@ -223,17 +222,41 @@ def decode_runs(runs: list[int]) -> np.ndarray:
     return mask
 
 
-def _pie_bench_fault(key: str, entry: Any, images: Path) -> str | None:
-    if not re.fullmatch(r"[\w-][\w.-]*", key):
+def _blended_words(value: str | list[str] | None) -> tuple[str | None, str | None]:
+    """The two of `blended_word`: "cat dog" in PIE-Bench, ["cat", "dog"] or ["cat,dog", ...] in what is made of it."""
+    words = re.findall(r"[^\s,\[\]\"']+", value) if isinstance(value, str) else list(value or ())
+    if words and "," in words[0]:
+        words = [word.strip() for word in words[0].split(",")]
+    return (words[0], words[1]) if len(words) == 2 and all(words) else (None, None)
+
+
+def _without_brackets(prompt: str) -> str:
+    return re.sub(r"[\[\]]", "", prompt)
+
+
+def _pie_bench_fault(key: str, entry: Any, images: Path, roots: tuple[str, ...]) -> str | None:
+    if not re.fullmatch(r"[\w-][\w.-]{0,99}", key):
         return "the key is no name for a file."
     if not isinstance(entry, dict):
         return f"the entry has to be an object, but is {entry!r}."
     for name in _PIE_BENCH_TEXTS:
-        if not isinstance(entry.get(name), str):
+        # JSON can hold halves of surrogate pairs, which no file can.
+        if not isinstance(entry.get(name), str) or re.search(r"[\ud800-\udfff]", entry[name]):
             return f"`{name}` is missing or no text."
-    if entry["editing_type_id"] not in map(str, range(len(_PIE_BENCH_TYPES))):
-        return f"`editing_type_id` has to be one of 0 to 9, but is {entry['editing_type_id']!r}."
-    if not (images / entry["image_path"]).is_file():
+    for name in ("original_prompt", "editing_prompt"):
+        if not _without_brackets(entry[name]).strip():
+            return f"`{name}` is empty."
+    number = entry.get("editing_type_id")
+    if type(number) not in (int, str) or str(number) not in map(str, range(len(_PIE_BENCH_TYPES))):
+        return f"`editing_type_id` has to be one of 0 to 9, but is {number!r}."
+    blended = entry.get("blended_word")
+    if not isinstance(blended, (str, list, type(None))) or not all(isinstance(word, str) for word in blended or ()):
+        return f"`blended_word` has to be two words, as text or as a list, but is {blended!r}."
+    try:
+        file = locate(str(images / entry["image_path"]), roots)
+    except ValueError as error:
+        return f"`image_path`: {error}."
+    if not os.path.isfile(file):
         return f"there is no image {images / entry['image_path']}."
     try:
         decode_runs(entry.get("mask"))
@@ -257,8 +280,9 @@ def from_pie_bench(folder: str | Path) -> Examples:
         do not exist.
 
     Raises:
-        ValueError: If there is no mapping file, if it is empty, or if an entry lacks something: an image, a prompt, a
-            well-formed mask. On reading an example, if its image cannot be read or is not of 512 x 512 pixels.
+        ValueError: If there is no mapping file, if it is empty, or if an entry lacks something: an image in the
+            folder, a prompt, a well-formed mask. On reading an example, if its image cannot be read, is not of
+            512 x 512 pixels or has more than 8 bits a channel.
     """
     file, images = Path(folder) / "mapping_file.json", Path(folder) / "annotation_images"
     try:
@@ -266,12 +290,13 @@ def from_pie_bench(folder: str | Path) -> Examples:
         mapping = json.loads(text)
     except OSError as error:
         raise ValueError(f"{folder} is no PIE-Bench folder: no mapping_file.json can be read: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
     if not isinstance(mapping, dict) or not mapping:
         raise ValueError(f"{file} has to be an object with at least one entry.")
+    roots = set_roots(folder)
     for key, entry in mapping.items():
-        if fault := _pie_bench_fault(key, entry, images):
+        if fault := _pie_bench_fault(key, entry, images, roots):
             raise ValueError(f"{file}, entry {key!r}: {fault}")
 
     sizes = [(images / entry["image_path"]).stat().st_size for entry in mapping.values()]
@@ -280,15 +305,17 @@ def from_pie_bench(folder: str | Path) -> Examples:
     def read(number: int) -> Example:
         entry, where = mapping[keys[number]], f"{file}, entry {keys[number]!r}"
         try:
-            image = Image.open(images / entry["image_path"]).convert("RGB")
-        except Exception as error:
-            # Damaged files make PIL's decoders raise nearly anything.
+            image = open_image(locate(str(images / entry["image_path"]), roots))
+        except (OSError, ValueError) as error:
             raise ValueError(f"{where}: the image cannot be read: {error}") from error
+        if image.mode.startswith(("I", "F")):
+            # Made RGB, nearly all of it would be white.
+            raise ValueError(f"{where}: the image has to have 8 bits a channel, but has the PIL mode {image.mode}.")
+        image = image.convert("RGB")
         mask = Image.fromarray(decode_runs(entry["mask"]).astype(np.uint8) * 255)
         _check_mask(mask, image, where)
-        caption, prompt = (re.sub(r"[\[\]]", "", entry[name]) for name in ("original_prompt", "editing_prompt"))
-        blended = (entry.get("blended_word") or "").split()
-        blended = blended if len(blended) == 2 else [None, None]
+        caption, prompt = (_without_brackets(entry[name]) for name in ("original_prompt", "editing_prompt"))
+        blended = _blended_words(entry.get("blended_word"))
         return Example(
             key=keys[number],
             group=_PIE_BENCH_TYPES[int(entry["editing_type_id"])],

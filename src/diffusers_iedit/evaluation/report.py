@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 import math
 import os
-import re
 from pathlib import Path
 
 import jinja2
@@ -17,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..markdown import escape as _markdown
 from .statistics import RESAMPLES
 
 
@@ -121,11 +120,6 @@ def _replace(file: Path, text: str) -> None:
     unfinished = file.with_name(file.name + ".tmp")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, file)
-
-
-def _markdown(text) -> str:
-    escaped = re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(str(text), quote=False))
-    return re.sub(r"[ \t\r\n]+", " ", escaped)
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:

@@ -15,6 +15,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..pairs.schema import read_pair, with_encoded_images
 
 
 ROWS_PER_FILE, ENCODED_AT_ONCE = 64, 8
@@ -46,6 +49,8 @@ class PairStream(torch.utils.data.Dataset):
         random_flip (`bool`): Mirror half of the pairs.
         caption_dropout (`float`): The share of samples whose prompt is empty, for classifier-free guidance.
         seed (`int`): Of everything random.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Of the model, to which prompts have to
+            differ.
     """
 
     def __init__(
@@ -56,13 +61,16 @@ class PairStream(torch.utils.data.Dataset):
         random_flip: bool = False,
         caption_dropout: float = 0.0,
         seed: int = 0,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         self.pairs = pairs
+        self.encoded = with_encoded_images(pairs)
         self.resolution = resolution
         self.random_crop = random_crop
         self.random_flip = random_flip
         self.caption_dropout = caption_dropout
         self.seed = seed
+        self.tokenizer = tokenizer
 
     def draw(self, position: int) -> dict:
         """What is random about a sample: its row, and the crop, flip, caption dropout and noise seed of this visit."""
@@ -82,33 +90,21 @@ class PairStream(torch.utils.data.Dataset):
         """One pair as tensors: images (3, H, W) and masks (1, H, W) in [0, 1], and its texts.
 
         Raises:
-            ValueError: If something is missing or cannot be read, or if a mask marks nothing or does not fit its
-                image.
+            ValueError: What `pairs.validate` has to say about the row.
         """
-        try:
-            pair = self.pairs[row]
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"Row {row} of the pairs cannot be read: {error}") from error
-        for name, value in pair.items():
-            if value is None or value == "":
-                raise ValueError(f"Row {row} of the pairs: `{name}` is missing.")
+        pair, faults = read_pair(self.encoded[row], self.encoded.features, f"Row {row} of the pairs", self.tokenizer)
+        if faults:
+            raise ValueError(" ".join(faults))
         sample = {name: pair[name] for name in ("source_caption", "edit_prompt", "target_term")}
         for side in ("source", "target"):
             image, mask = pair[f"{side}_image"], pair[f"{side}_mask"]
-            if mask.size != image.size:
-                raise ValueError(
-                    f"Row {row} of the pairs: `{side}_mask` is {mask.width} x {mask.height}, but `{side}_image` is "
-                    f"{image.width} x {image.height}."
-                )
-            if mask.convert("L").getextrema()[1] < 128:
-                raise ValueError(f"Row {row} of the pairs: `{side}_mask` is black: it marks nothing to edit.")
             scale = self.resolution / min(image.size)
             size = tuple(max(self.resolution, round(edge * scale)) for edge in image.size)
             left, top = (round(place * (edge - self.resolution)) for place, edge in zip(crop, size, strict=True))
             box = (left, top, left + self.resolution, top + self.resolution)
             for name, picture, mode in ((f"{side}_image", image, "RGB"), (f"{side}_mask", mask, "L")):
                 resample = Image.Resampling.LANCZOS if mode == "RGB" else Image.Resampling.BILINEAR
-                picture = picture.convert(mode).resize(size, resample).crop(box)
+                picture = picture.resize(size, resample).crop(box)
                 if flip:
                     picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 sample[name] = _to_tensor(picture)

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import difflib
 import json
 import os
 import re
@@ -12,7 +13,10 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from ..markdown import code, escape
 
 
 COMMAND = "python -m diffusers_iedit.finetuning.hub"
@@ -21,6 +25,38 @@ CODE_FILES = ("pipeline.py", "scheduling_iedit.py", "masking_iedit.py")
 LORA_FILE = "lora/pytorch_lora_weights.safetensors"
 # What a component's `save_pretrained` leaves: weights, configs, and a tokenizer's vocabulary and templates.
 COMPONENT_SUFFIXES = (".json", ".txt", ".safetensors", ".jinja")
+# https://huggingface.co/docs/hub/repositories-licenses, as of August 2026: no library has the list.
+LICENSES = (
+    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 "
+    "bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc "
+    "cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 "
+    "cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 "
+    "cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 "
+    "eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research "
+    "lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0 openmdw-1.1 openrail++ osl-3.0 "
+    "postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license "
+    "fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma "
+    "unknown other"
+).split()
+
+
+def check_license(name: str | None) -> None:
+    """Makes sure, before a run starts, that the Hub will know its licence.
+
+    Args:
+        name (`str`, *optional*): As the Hub writes it: "apache-2.0".
+
+    Raises:
+        `ValueError`: If the Hub has no licence of this name.
+    """
+    if name is None or name in LICENSES:
+        return
+    near = difflib.get_close_matches("-".join(name.lower().split()), LICENSES)
+    hint = f"; near to it are {', '.join(near)}" if near else ""
+    raise ValueError(
+        "`license` has to be a name from https://huggingface.co/docs/hub/repositories-licenses, or other, got"
+        f" {name!r}{hint}."
+    )
 
 
 def check_hub(repo_id: str, token: str | None = None, private: bool | None = None) -> str:
@@ -69,6 +105,7 @@ def write_model_card(
     """Fills the template of the model card and leaves it as README.md in the folder of the model.
 
     Of local paths only the last name gets into the card. It shows `settings` as they come: they must not hold a token.
+    Names and values stay text: nothing in them makes a link, a table or HTML.
 
     Args:
         folder (`Path`): The saved pipeline.
@@ -86,16 +123,17 @@ def write_model_card(
         lora (`bool`): Whether a LoRA was trained, which is merged into the UNet and also lies in the folder "lora".
 
     Raises:
-        `ValueError`: If a picture is not in the folder.
+        `ValueError`: If a picture is not in the folder, or if the Hub has no such licence.
     """
+    check_license(license)
     for picture in (loss_plot, *pictures):
         if not (folder / picture).is_file():
             raise ValueError(f"`loss_plot` and `pictures` have to be files in {folder}, but {picture!r} is not there.")
 
     mini = base_model in ("mini", "mini-base")
-    base_id = None if mini or _is_path(base_model) else base_model
-    dataset_id = None if _is_path(dataset) else dataset
-    base, data = f"the local model `{_cell(base_model)}`", f"the local data set `{_cell(dataset)}`"
+    base_id = base_model if _is_hub_id(base_model) and not mini else None
+    dataset_id = dataset if _is_hub_id(dataset) else None
+    base, data = f"the local model {code(_public(base_model))}", f"the local data set {code(_public(dataset))}"
     if mini:
         base = "the mini model of diffusers-iedit"
     if base_id:
@@ -134,16 +172,26 @@ def _is_path(name: str) -> bool:
     return os.path.isabs(name) or os.path.exists(name)
 
 
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not _is_path(name)
+
+
+def _public(text: str) -> str:
+    """Of a local path only the name, as the rest is nobody's business."""
+    return os.path.basename(os.path.abspath(text)) if _is_path(text) else text
+
+
 def _cell(value) -> str:
-    """A value as a table of the card shows it; of a local path only the name, as the rest is nobody's business."""
+    """A value as a table of the card shows it."""
     if isinstance(value, (list, tuple)):
         return ", ".join(_cell(item) for item in value)
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = str(value)
-    if _is_path(text):
-        text = os.path.basename(os.path.abspath(text))
-    return text.replace("|", "\\|").replace("\n", " ")
+    return escape(_public(str(value)))
 
 
 def push_folder(
@@ -188,7 +236,8 @@ def push_folder(
             raise ValueError(f"`folder` has to be a saved IEditPipeline, but {folder} lacks the folder {component}.")
         wanted += saved
     card = (folder / "README.md").read_text(encoding="utf-8") if "README.md" in there else ""
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card)
+    # A name in the card may look like a picture too; no other file of the run is to go along for that.
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+\.(?:png|jpg|jpeg|webp|gif))\)", card)
     wanted += [path for path in dict.fromkeys([*pictures, LORA_FILE]) if path in there]
 
     api = HfApi(token=token)

@@ -16,15 +16,16 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers import CLIPTokenizer
 
 from .caption import CaptionImages, CaptionOptions
 from .edit_prompts import EditOptions, EditPrompts
 from .embed import EmbedImages, EmbedOptions, EmbedPrompts
 from .mask import MaskOptions, SegmentTerms, mask_iou, unfit_mask
-from .models import ModelStage
+from .models import ModelStage, load
 from .read import SCHEMA, ReadOptions, read_rows
 from .retrieve import Retrieve, RetrieveOptions
-from .schema import FEATURES
+from .schema import FEATURES, same_tokens
 from .shards import Marker, read_marker, read_table, replacing, write_array, write_marker, write_table
 
 
@@ -382,18 +383,26 @@ class RetrieveJob(Job):
         prompt_embeds = np.load(self.work / "embed" / "prompt" / f"{shard}.npy")
         return {"image_embeds": image_embeds, "prompt_embeds": prompt_embeds, "pool_row": pool_rows}
 
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        return load(CLIPTokenizer, self.options.embed.clip_model, "clip")
+
     def build(self, shard: str, file: Path) -> Generator[int, None, Marker]:
         found = self.stage(self.queries(shard))
+        texts = self.table("edit", shard).select(["source_caption", "edit_prompt"]).to_pylist()
+        # Of such edits the model that is trained sees no more than CLIP did: nothing.
+        cut_off = np.array([same_tokens(self.tokenizer, *edit.values()) for edit in texts], dtype=bool)
+        targets = np.where(cut_off[:, None], -1, found["targets"])
         columns = {
-            "targets": pa.array(list(found["targets"]), pa.list_(pa.int64())),
+            "targets": pa.array(list(targets), pa.list_(pa.int64())),
             "similarities": pa.array(list(found["similarities"]), pa.list_(pa.float32())),
         }
         write_table(file, pa.table(columns))
-        edits = len(found["targets"])
+        edits = len(targets)
         yield edits
-        found_some = int((found["targets"][:, 0] >= 0).sum())
-        dropped = {"no_neighbour": edits - found_some} if found_some < edits else {}
-        return Marker(edits, found_some, dropped)
+        found_some = int((targets[:, 0] >= 0).sum())
+        dropped = {"edit_cut_off": int(cut_off.sum()), "no_neighbour": edits - found_some - int(cut_off.sum())}
+        return Marker(edits, found_some, {reason: count for reason, count in dropped.items() if count})
 
 
 @dataclass

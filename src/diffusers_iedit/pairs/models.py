@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from .. import loading, mini
+from ..images import open_image
 
 
 # Of each part the option that names it, and the one that the package ships.
@@ -63,7 +63,7 @@ def place(model: torch.nn.Module) -> torch.nn.Module:
 
 def decode(images: list[bytes]) -> list[Image.Image]:
     """Encoded images as PIL RGB."""
-    return [Image.open(io.BytesIO(image)).convert("RGB") for image in images]
+    return [open_image(image).convert("RGB") for image in images]
 
 
 def fingerprint(model: str, part: str) -> str:

@@ -22,11 +22,11 @@ import numpy as np
 import pyarrow as pa
 from PIL import ExifTags, Image, ImageOps
 
+from ..images import FORMATS
+from .files import check_tables, read_file, set_roots
+
 
 FILE_TYPES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-
-# Of PIL's formats those that photographs come in. Some of the others run programs (EPS), and nobody vetted the files.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 
 SCHEMA = pa.schema({"image": pa.large_binary(), "caption": pa.string(), "hash": pa.uint64()})
 
@@ -122,6 +122,7 @@ class Collection:
             splits = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
             if self.split not in splits:
                 raise ValueError(f"`{self.argument}_split` {self.split!r} is none of its splits: {', '.join(splits)}.")
+            check_tables(splits[self.split], skip_damaged=True)
             tars = splits[self.split] if all(name.endswith(".tar") for name in splits[self.split]) else []
             stream = None if tars else builder.as_streaming_dataset(self.split)
         except (OSError, ValueError) as error:
@@ -144,7 +145,10 @@ class Collection:
                     f"`caption_column` {self.caption_column!r} has to hold text, but holds"
                     f" {stream.features[self.caption_column]}."
                 )
-        return stream.select_columns(columns).cast_column(self.image_column, datasets.Image(decode=False))
+        # Of image files of the Hub, threads would decode pictures before they get here, in any format.
+        return (
+            stream.decode(False).select_columns(columns).cast_column(self.image_column, datasets.Image(decode=False))
+        )
 
     def _open_tars(self, files: list[str]) -> datasets.IterableDataset:
         columns = set()
@@ -258,7 +262,7 @@ def fit_image(encoded: bytes | None, min_size: int, max_size: int) -> tuple[byte
         with warnings.catch_warnings():
             # PIL warns of files that are large or odd but fine; those beyond its limit raise.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
+            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
             if min(image.size) < min_size:
                 raise UnfitImageError("too_small")
             kind, original = image.format, image.size
@@ -328,7 +332,7 @@ def read_rows(
     stream: datasets.IterableDataset, collection: Collection, options: ReadOptions, dropped: Counter
 ) -> Iterator[dict]:
     """The rows of a stream that are fit, with the columns of SCHEMA; the others are counted in `dropped`."""
-    rows = iter(stream)
+    rows, roots = iter(stream), set_roots(collection.path)
     while True:
         try:
             row = next(rows)
@@ -342,12 +346,19 @@ def read_rows(
             dropped["damaged_file"] += 1
             return
         caption = row[collection.caption_column] if collection.caption_column else None
-        file = row[collection.image_column] or {"bytes": None, "path": None}
-        encoded = file["bytes"]
+        file = row[collection.image_column]
+        encoded = None
         # A local file that is not there is missing. One of the Hub may be out of reach: that has to stop the build.
-        if encoded is None and file["path"] and ("://" in file["path"] or os.path.exists(file["path"])):
-            with fsspec.open(file["path"]) as opened:
-                encoded = opened.read()
+        if file and (file["bytes"] or file["path"]):
+            try:
+                encoded = read_file(file, roots)
+            except FileNotFoundError:
+                if "://" in file["path"]:
+                    raise
+            except ValueError as error:
+                raise ValueError(
+                    f"`{collection.argument}` {collection.path!r}: a row cannot be read: {error}."
+                ) from error
         try:
             image, pixels = fit_image(encoded, options.min_size, options.max_size)
         except UnfitImageError as reason:

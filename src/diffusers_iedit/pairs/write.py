@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from pathlib import Path
@@ -14,6 +13,8 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from ..images import open_image
+from ..markdown import code, escape
 from .schema import FEATURES, load_pairs
 
 
@@ -54,7 +55,7 @@ def picture_sheet(files: list[Path], rows: int = SHEET_ROWS) -> Image.Image:
         file = int(np.searchsorted(ends, number, side="right"))
         pair = _row(pq.ParquetFile(files[file]), number - (ends[file] - counts[file]))
         for column, name in enumerate(("source_image", "source_mask", "target_image", "target_mask")):
-            image = Image.open(io.BytesIO(pair[name]["bytes"])).convert("RGB")
+            image = open_image(pair[name]["bytes"]).convert("RGB")
             # Small pictures are enlarged as they are, pixel by pixel.
             resample = Image.Resampling.LANCZOS if max(image.size) > TILE else Image.Resampling.NEAREST
             sheet.paste(ImageOps.contain(image, (TILE, TILE), resample), (column * TILE, place * height))
@@ -114,9 +115,9 @@ def dataset_card(report: dict, manifest: dict, license_note: str) -> DatasetCard
 
     manifest = {stage: {name: public(value) for name, value in options.items()} for stage, options in manifest.items()}
     read = manifest["read"]
-    captions = f"by `{manifest['caption']['caption_model']}`"
+    captions = f"by {code(manifest['caption']['caption_model'])}"
     if read["caption_column"] is not None:
-        captions = f"from the column `{read['caption_column']}`"
+        captions = f"from the column {code(read['caption_column'])}"
     columns = "\n".join(f"| `{name}` | {DESCRIPTIONS[name]} |" for name in FEATURES)
     counts = "\n".join(
         f"| {stage} | {numbers['rows_in']:,} | {numbers['rows_out']:,} |"
@@ -134,7 +135,7 @@ def dataset_card(report: dict, manifest: dict, license_note: str) -> DatasetCard
 
 {rows:,} pairs of a source image with a pseudo-target image, an edit prompt and the masks of what the edit changes: the
 weakly supervised training set of the paper [iEdit](https://arxiv.org/abs/2305.05947) (Sec. 3.1), mined from
-`{read["source"]}`. The targets were retrieved, not edited: they show what the prompt asks for in another picture.
+{code(read["source"])}. The targets were retrieved, not edited: they show what the prompt asks for in another picture.
 
 ![pairs: source, mask, target, mask](sheet.jpg)
 
@@ -150,12 +151,12 @@ pairs = load_dataset("path/of/this/folder/or/its/Hub/id", split="train")
 
 ## Licence of the images
 
-{license_note}
+Under what terms they may be used: {escape(license_note)}
 
 ## How it was made
 
 By [diffusers-iedit](https://pypi.org/project/diffusers-iedit/): captions {captions}, edit prompts by
-WordNet, embeddings by `{manifest["embed"]["clip_model"]}`, masks by `{manifest["mask"]["mask_model"]}`.
+WordNet, embeddings by {code(manifest["embed"]["clip_model"])}, masks by {code(manifest["mask"]["mask_model"])}.
 
 | stage | rows in | rows out | left out | seconds of work |
 |---|---|---|---|---|
