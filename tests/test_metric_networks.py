@@ -1,8 +1,11 @@
 """The networks behind the metrics, and `Metrics`, which takes all metrics from edited pictures."""
 
+import ast
 import dataclasses
+import graphlib
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,8 @@ from diffusers_iedit import mini
 from diffusers_iedit.evaluation import metrics, networks
 from diffusers_iedit.evaluation.data import Example
 from diffusers_iedit.evaluation.inception import Inception
-from diffusers_iedit.evaluation.metrics import METRICS, Metrics, to_tensor
+from diffusers_iedit.evaluation.measuring import METRICS, Metrics
+from diffusers_iedit.evaluation.metrics import to_tensor
 from diffusers_iedit.evaluation.networks import CLIPEmbedder, LPIPSFeatures, Networks, StructureKeys
 from diffusers_iedit.losses import VGG16Features
 from diffusers_iedit.mini.judging import Judge
@@ -511,3 +515,17 @@ def test_every_metric_says_what_it_is():
         assert info.better in ("higher", "lower", None), name
         assert len(info.about) > 20, name
     assert [name for name, info in METRICS.items() if info.better is None] == ["ssim_m", "ssim_m_region"]
+
+
+def test_no_two_files_of_the_evaluation_import_each_other():
+    imports = {
+        file.stem: [
+            node.module
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+        ]
+        for file in Path(metrics.__file__).parent.glob("*.py")
+    }
+    assert "metrics" in imports["networks"]
+    order = list(graphlib.TopologicalSorter(imports).static_order())
+    assert order.index("metrics") < order.index("networks") < order.index("measuring")

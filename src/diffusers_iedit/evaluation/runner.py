@@ -16,8 +16,9 @@ from ..pairs.engines import LocalEngine
 from ..pairs.shards import replacing
 from . import report
 from .data import Example, load_examples
+from .measuring import Metrics
 from .methods import Method, Models, Settings, Variant, parse_variant
-from .metrics import Metrics, fid
+from .metrics import fid
 from .networks import Networks
 from .statistics import summarise
 
@@ -200,7 +201,7 @@ def evaluate(
         num_examples (`int`, *optional*): Take only the first of each group, to try something.
         strengths (`list[float]`): Also run each method that has a strength with each of these, for trade-off curves.
         num_curve_examples (`int`, *optional*): How many examples of each group the curves take.
-        metrics (`list[str]`, *optional*): Of [`~diffusers_iedit.evaluation.metrics.METRICS`]; all by default whose
+        metrics (`list[str]`, *optional*): Of [`~diffusers_iedit.evaluation.measuring.METRICS`]; all by default whose
             networks can be had.
         networks (`dict[str, str]`, *optional*): See [`~diffusers_iedit.evaluation.networks.Networks`]; by default
             `mini` for the mini benchmark.
