@@ -272,6 +272,7 @@ def test_a_default_that_cannot_be_reached_is_left_out_with_one_line_that_says_wh
     assert len(caplog.messages) == 1
     assert f"network for {part}" in caplog.text
     assert "nowhere" in caplog.text
+    assert caplog.messages[0].endswith(f". --networks {part}=NAME brings them in.")
     assert "\n" not in caplog.messages[0]
 
 
@@ -468,6 +469,14 @@ def test_without_names_the_metrics_are_those_whose_networks_can_be_had(everythin
         "pie_lpips_vgg",
         "pie_structure_distance",
     }
+
+
+def test_what_is_left_out_is_named_with_the_option_that_brings_it_in(everything):
+    option = "The network for {}: the mini world has none. --networks {}=NAME brings them in."
+    assert everything.left_out == [
+        f"LPIPS, PIE-Bench LPIPS, VGG: {option.format('lpips', 'lpips')}",
+        f"Structure distance, PIE-Bench structure distance: {option.format('dino', 'dino')}",
+    ]
 
 
 def test_lpips_and_the_structure_distance_of_edits(examples, vgg, vit):

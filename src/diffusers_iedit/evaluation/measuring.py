@@ -358,6 +358,8 @@ class Metrics:
 
     Attributes:
         infos (`dict[str, MetricInfo]`): The metrics that are taken.
+        left_out (`list[str]`): For each network that could not be had: the metrics that are not taken, why, and the
+            option that brings them in.
 
     Raises:
         ValueError: If there is no such metric, or the network of a metric that was asked for, or one that was chosen,
@@ -378,6 +380,10 @@ class Metrics:
                 for part in parts:
                     networks.get(part)
                 self.infos[name] = info
+        self.left_out = []
+        for part, reason in networks.missing.items():
+            titles = ", ".join(info.title for info in METRICS.values() if part in info.needs)
+            self.left_out.append(f"{titles}: {reason}")
 
     @torch.no_grad()
     def measure(self, examples: Sequence[Example], edited: Sequence[Image.Image]) -> list[dict[str, float]]:
