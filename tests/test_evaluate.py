@@ -584,6 +584,13 @@ def test_two_evaluations_do_not_write_to_one_folder(tmp_path, capsys):
     assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
 
 
+def test_of_two_evaluations_with_several_processes_one_ends_whole(tmp_path):
+    (tmp_path / "out").mkdir()
+    with lock_folder(tmp_path / "out", "evaluation"):
+        assert [process.exitcode for process in start_two(tmp_path / "out")] == [2, 1]
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
+
+
 class Waits(Sources):
     """Says that it is at work, and does not come back."""
 
@@ -646,6 +653,16 @@ def start(*args):
     return process
 
 
+def start_two(output_dir):
+    """Two processes of one evaluation, when both have ended."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_WORLD_SIZE": "2"}
+    world["ACCELERATE_USE_CPU"] = "true"
+    processes = [start(output_dir, world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    for process in processes:
+        process.join(120)
+    return processes
+
+
 def same_results(one, other):
     assert (one / "results.json").read_text() == (other / "results.json").read_text()
     assert [file.name for file in one.rglob(".*")] == [".lock"]
@@ -676,10 +693,5 @@ def test_killed_and_called_again_it_gives_the_same_results(tmp_path, undisturbed
 
 
 def test_two_processes_share_the_work_and_give_the_same_results(tmp_path, undisturbed):
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_WORLD_SIZE": "2"}
-    world["ACCELERATE_USE_CPU"] = "true"
-    processes = [start(tmp_path / "out", world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [process.exitcode for process in start_two(tmp_path / "out")] == [0, 0]
     assert same_results(tmp_path / "out", undisturbed)

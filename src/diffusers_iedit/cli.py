@@ -206,8 +206,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="measure how well methods change what was asked and keep the rest",
     )
 
-    def add(name: str, *others: str, **options):
-        evaluate.add_argument(f"--{name}", *others, **options)
+    def add(name: str, **options):
+        evaluate.add_argument(f"--{name}", **options)
 
     def words(text: str) -> list[str]:
         return [word for word in text.split(",") if word]
@@ -493,18 +493,20 @@ def _stoppable(command: str):
     Only for work that a kill at any moment does not harm. A handler in Python would have to wait until a library comes
     back, which one that waits for another process may never do.
     """
+    names = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
     read, write = os.pipe()
     os.set_blocking(write, False)
-
-    names = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
     def watch():
         while number := os.read(read, 1):
             if name := names.get(number[0]):
-                # Of several processes, one says it.
-                if os.environ.get("RANK", "0") == "0":
-                    print(f"\niedit {command}: stopped by {name}. {GOES_ON}", file=sys.stderr, flush=True)
-                os._exit(128 + number[0])
+                try:
+                    # Of several processes, one says it.
+                    if os.environ.get("RANK", "0") == "0":
+                        os.write(2, f"\niedit {command}: stopped by {name}. {GOES_ON}\n".encode())
+                # Who was to read it may have been stopped as well.
+                finally:
+                    os._exit(128 + number[0])
         os.close(read)
 
     threading.Thread(target=watch, daemon=True).start()
