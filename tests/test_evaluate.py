@@ -659,7 +659,7 @@ def start_two(output_dir):
     world["ACCELERATE_USE_CPU"] = "true"
     processes = [start(output_dir, world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
     for process in processes:
-        process.join(120)
+        process.join(300)
     return processes
 
 

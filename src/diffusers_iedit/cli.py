@@ -58,8 +58,8 @@ MASK_ARGUMENTS = ("prompt", "mask_prompt", "source_prompt", "mask_threshold", "m
 
 GOES_ON = "Run the same command again to go on."
 
-# The pipelines' name of the option, in front as it names the attribute, and the short one.
-STEPS = ("--num-inference-steps", "--steps")
+# Options with a second name: the pipelines'.
+ALIASES = {"--num-inference-steps": "--steps"}
 
 # Components that serve one purpose each; what a run does not need is neither downloaded nor loaded.
 EDITING = (
@@ -86,13 +86,14 @@ class FailedEditsError(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
-        # An option may be written with underscores too, as the training scripts have it.
+        # An option may be written with underscores too, as the training scripts have it, and by its second name.
         args, options_end = list(sys.argv[1:] if args is None else args), False
         for number, arg in enumerate(args):
             options_end = options_end or arg == "--"
             if arg.startswith("--") and not options_end:
                 name, equals, value = arg.partition("=")
-                args[number] = name.replace("_", "-") + equals + value
+                name = name.replace("_", "-")
+                args[number] = ALIASES.get(name, name) + equals + value
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
@@ -162,7 +163,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="how far to go from the source (default: 0.7)",
     )
-    edit.add_argument(*STEPS, type=_COUNT, metavar="N", help="denoising steps at strength 1 (default: 50)")
+    edit.add_argument(
+        "--steps",
+        dest="num_inference_steps",
+        type=_COUNT,
+        metavar="N",
+        help="denoising steps at strength 1; --num-inference-steps is the same (default: 50)",
+    )
     edit.add_argument(
         "--guidance-scale",
         type=_number(float, "a finite number", math.isfinite),
@@ -241,7 +248,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("num-examples", type=_COUNT, metavar="N", help="take only the first of each group")
     add("strength", type=_STRENGTH, metavar="S", help="of all methods (default: 0.7)")
     add("guidance-scale", type=float, metavar="G", help="of all methods (default: 7.5)")
-    evaluate.add_argument(*STEPS, type=_COUNT, metavar="N", help="denoising steps at strength 1 (default: 50)")
+    add(
+        "steps",
+        dest="num_inference_steps",
+        type=_COUNT,
+        metavar="N",
+        help="denoising steps at strength 1; --num-inference-steps is the same (default: 50)",
+    )
     add("mask-dilation", type=_PIXELS, metavar="PX", help="grow the masks by this much (default: 0)")
     add("strengths", type=numbers, metavar="S,S", help="for trade-off curves")
     add("num-curve-examples", type=_COUNT, metavar="N", help="take only the first of each group for the curves")
