@@ -26,7 +26,7 @@ def main():
     parser.add_argument("--model", default="CompVis/stable-diffusion-v1-4", help="the weights")
     parser.add_argument("--custom-pipeline", default=str(PACKAGE), help="the code")
     parser.add_argument("--strength", type=float, default=0.7, help="how far to go from the photo")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", "--num_inference_steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

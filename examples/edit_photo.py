@@ -22,7 +22,7 @@ def main():
     parser.add_argument("output", help="PNG keeps the rest of the photo exact")
     parser.add_argument("--model", default="CompVis/stable-diffusion-v1-4", help="any Stable Diffusion 1.x or 2.x")
     parser.add_argument("--strength", type=float, default=0.7, help="how far to go from the photo")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", "--num_inference_steps", type=int, default=50)
     parser.add_argument("--processing-resolution", type=int, default=512, help="longer side of the edit in pixels")
     parser.add_argument(
         "--feather", type=int, default=8, help="pixels over which the edit fades in at the mask's edge"

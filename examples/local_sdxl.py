@@ -25,7 +25,7 @@ def main():
     parser.add_argument("--model", default="stabilityai/stable-diffusion-xl-base-1.0")
     parser.add_argument("--size", type=int, default=1024, help="longer side of the result in pixels")
     parser.add_argument("--strength", type=float, default=0.7, help="how far to go from the photo")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", "--num_inference_steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -1,11 +1,14 @@
 """`iedit evaluate`: the methods, the noise that they share, and runs that are stopped, that fail or do not fit."""
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +20,10 @@ from PIL import Image
 from small_pairs import make_rows, write_pairs
 
 from diffusers_iedit import IEditPipeline
-from diffusers_iedit.cli import main
+from diffusers_iedit.cli import build_parser, main
 from diffusers_iedit.evaluation.data import load_examples
-from diffusers_iedit.evaluation.methods import METHODS, Method, Models, Settings, parse_variant
+from diffusers_iedit.evaluation.methods import METHODS, Method, Models, Settings, find_base, parse_variant
+from diffusers_iedit.pairs.shards import lock_folder
 
 
 MINI = Settings(model="mini", base_model="mini-base", strength=0.5, guidance_scale=2.0, num_inference_steps=4)
@@ -182,6 +186,71 @@ def test_variants_have_folders_of_their_own():
     assert all(Path(slug).name == slug for slug in slugs)
 
 
+# The base of a model
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Leaves a model's folder as a training in `tmp_path/project` does; work goes on in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(base, output_dir="runs/model"):
+        folder = tmp_path / "project" / output_dir
+        folder.mkdir(parents=True)
+        (folder / "training_args.json").write_text(json.dumps({"model": str(base), "output_dir": str(output_dir)}))
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("base", ["mini", "mini-base", "stable-diffusion-v1-5/stable-diffusion-v1-5"])
+def test_the_base_is_what_the_training_was_given(trained, base):
+    model = trained(base)
+    assert find_base(model) == base
+    assert Settings(model=model).base_model == base
+    assert Settings(model=model, base_model="another").base_model == "another"
+
+
+def test_a_base_in_a_folder_is_found_from_where_the_training_ran(trained, tmp_path):
+    (tmp_path / "project/bases/first").mkdir(parents=True)
+    assert Path(find_base(trained("bases/first"))).samefile(tmp_path / "project/bases/first")
+    assert find_base(trained(tmp_path / "project/bases/first", "runs/other")) == str(tmp_path / "project/bases/first")
+
+
+def test_where_the_training_ran_is_not_known_a_base_is_looked_for_here(trained, tmp_path):
+    (tmp_path / "bases/first").mkdir(parents=True)
+    assert find_base(trained("bases/first", tmp_path / "project/model")) == "bases/first"
+
+
+@pytest.mark.parametrize(
+    ("model", "base"),
+    [
+        ("mini", "mini-base"),
+        ("someone/iedit", "CompVis/stable-diffusion-v1-4"),
+        (".", "CompVis/stable-diffusion-v1-4"),
+    ],
+)
+def test_without_a_training_s_options_the_base_is_the_paper_s_or_mini_s(tmp_path, monkeypatch, model, base):
+    monkeypatch.chdir(tmp_path)
+    assert find_base(model) == base
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"output_dir": "model"}'])
+def test_options_that_do_not_tell_the_base_are_an_error(tmp_path, content):
+    (tmp_path / "training_args.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"training_args.json does not tell from what .* was trained; `base_model` does"
+    ):
+        find_base(str(tmp_path))
+
+
+def test_a_base_that_is_gone_is_named_with_who_names_it_and_only_if_it_is_needed(trained, models):
+    settings = Settings(model=trained("/gone/base"))
+    with pytest.raises(ValueError, match=r"^`base_model`: '?/gone/base.* .*training_args.json names it\.$"):
+        parse_variant("sdedit", settings).method_class(models).load(settings)
+    assert parse_variant("iedit", settings).models == (settings.model,)
+
+
 # A whole evaluation
 
 
@@ -216,6 +285,17 @@ ARGUMENTS = (
 )
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def is_listening(port):
+    with socket.socket() as other:
+        return other.connect_ex(("127.0.0.1", port)) == 0
+
+
 def run(output_dir, *arguments, methods="sdedit,iedit-m"):
     return main(["evaluate", "--output_dir", str(output_dir), "--methods", methods, *ARGUMENTS, *map(str, arguments)])
 
@@ -230,6 +310,17 @@ def finished(tmp_path_factory):
     methods = "sdedit,iedit-m,test_evaluate:Sources"
     assert run(output_dir, "--strengths", "0.3,0.9", "--num-curve-examples", 2, methods=methods) == 0
     return output_dir
+
+
+def test_options_are_spelled_with_hyphens_or_underscores_and_steps_in_two_ways():
+    common = ["evaluate", "--data", "a_set", "--output-dir=out_1"]
+    expected = build_parser().parse_args([*common, "--steps", "7", "--base-model", "my_base"])
+    for steps in ("--num-inference-steps", "--num_inference_steps"):
+        assert build_parser().parse_args([*common, f"{steps}=7", "--base_model", "my_base"]) == expected
+    edit = ["edit", "in_1.png", "a_prompt", "-o", "out_1.png"]
+    found = build_parser().parse_args([*edit, "--num_inference_steps", "7", "--mask_prompt", "a_car"])
+    assert found == build_parser().parse_args([*edit, "--steps", "7", "--mask-prompt", "a_car"])
+    assert (str(found.image), found.prompt, found.mask_prompt) == ("in_1.png", "a_prompt", "a_car")
 
 
 def test_results_hold_every_example_and_what_was_set(finished):
@@ -283,13 +374,16 @@ def test_tables_and_page_name_the_methods(finished):
         assert "iEdit-M" in text
 
 
-def test_called_again_it_does_nothing_and_says_the_same(finished):
+def test_called_again_it_does_nothing_and_says_the_same_and_where_the_page_is(finished, capsys):
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*.png")}
     content = (finished / "results.json").read_text()
     methods = "sdedit,iedit-m,test_evaluate:Sources"
     assert run(finished, "--strengths", "0.3,0.9", "--num-curve-examples", 2, methods=methods) == 0
     assert (finished / "results.json").read_text() == content
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*.png")} == before
+    said = capsys.readouterr().out
+    assert said.startswith(f"{finished / 'index.html'}: ")
+    assert said.endswith(" s, the page with the edits, plots and tables\n")
 
 
 def test_a_method_and_a_metric_can_be_added(tmp_path):
@@ -461,7 +555,92 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-# Killed, and in several processes
+class Unforeseen(Sources):
+    """Fails where nobody expects a method to."""
+
+    def __init__(self, models):
+        raise ZeroDivisionError("half of\nnothing")
+
+
+def test_what_nobody_foresaw_is_one_line_too(tmp_path, capsys):
+    assert run(tmp_path / "out", methods="test_evaluate:Unforeseen") == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("iedit evaluate: error: ZeroDivisionError: half of nothing (test_evaluate.py, line ")
+    assert line.endswith("). Run the same command again to go on.")
+
+
+class Talks(Sources):
+    """Logs a line an edit, as libraries do."""
+
+    def __call__(self, *args):
+        logging.getLogger("diffusers.some.pipeline").warning("The prompt was cut off.")
+        return super().__call__(*args)
+
+
+def test_what_is_logged_stands_on_lines_of_its_own(tmp_path, capfd):
+    assert run(tmp_path / "out", methods="test_evaluate:Talks") == 0
+    written = capfd.readouterr().err
+    # What a terminal shows: a return to the start of the line writes over what stands there.
+    shown = [line.rsplit("\r", 1)[-1].rstrip() for line in written.split("\n")]
+    assert shown.count("The prompt was cut off.") == written.count("The prompt was cut off.") == 3
+
+
+# Stopped, killed, twice at once, and in several processes
+
+
+def test_two_evaluations_do_not_write_to_one_folder(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with lock_folder(tmp_path / "out", "evaluation"):
+        assert run(tmp_path / "out") == 2
+    message = f"Another evaluation is at work on {tmp_path / 'out'}: wait for it, or choose another folder."
+    assert capsys.readouterr().err.splitlines()[-1] == f"iedit evaluate: error: {message}"
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_of_two_evaluations_with_several_processes_one_ends_whole(tmp_path):
+    (tmp_path / "out").mkdir()
+    with lock_folder(tmp_path / "out", "evaluation"):
+        assert [process.exitcode for process in start_two(tmp_path / "out")] == [2, 1]
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+class Waits(Sources):
+    """Says that it is at work, and does not come back."""
+
+    def __call__(self, *args):
+        Path("at-work").touch()
+        time.sleep(100)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "waits_for"), [(signal.SIGINT, "Ctrl-C", "an edit"), (signal.SIGTERM, "SIGTERM", "a process")]
+)
+def test_a_signal_ends_it_within_seconds_and_it_says_how_to_go_on(tmp_path, number, name, waits_for):
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment, port = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, free_port()
+    if waits_for == "a process":
+        # Which is never started. PyTorch waits for it in C++, where no handler of Python's is called.
+        environment |= {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "ACCELERATE_USE_CPU": "true"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "diffusers_iedit.cli", "evaluate", "--output-dir", "out", *ARGUMENTS]
+    command += ["--methods", "test_evaluate:Waits"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    if waits_for == "an edit":
+        while not (tmp_path / "at-work").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+    else:
+        # As soon as it listens for the other one.
+        while not is_listening(int(port)):
+            assert process.poll() is None
+            time.sleep(0.1)
+    process.send_signal(number)
+    start = time.monotonic()
+    _, written = process.communicate()
+    assert time.monotonic() - start < 5
+    assert process.returncode == 128 + number
+    last = f"iedit evaluate: stopped by {name}. Run the same command again to go on."
+    assert written.splitlines()[-1] == last
 
 
 def in_a_process(output_dir, environment={}, kill_at=None):
@@ -487,9 +666,20 @@ def start(*args):
     return process
 
 
+def start_two(output_dir):
+    """Two processes of one evaluation, when both have ended."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_WORLD_SIZE": "2"}
+    world["ACCELERATE_USE_CPU"] = "true"
+    processes = [start(output_dir, world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    for process in processes:
+        process.join(300)
+    return processes
+
+
 def same_results(one, other):
     assert (one / "results.json").read_text() == (other / "results.json").read_text()
-    assert not [*one.rglob(".*"), *one.rglob("*.partial")]
+    assert [file.name for file in one.rglob(".*")] == [".lock"]
+    assert not [*one.rglob("*.partial")]
     return True
 
 
@@ -516,13 +706,5 @@ def test_killed_and_called_again_it_gives_the_same_results(tmp_path, undisturbed
 
 
 def test_two_processes_share_the_work_and_give_the_same_results(tmp_path, undisturbed):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
-    world["ACCELERATE_USE_CPU"] = "true"
-    processes = [start(tmp_path / "out", world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [process.exitcode for process in start_two(tmp_path / "out")] == [0, 0]
     assert same_results(tmp_path / "out", undisturbed)

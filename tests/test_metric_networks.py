@@ -1,8 +1,11 @@
 """The networks behind the metrics, and `Metrics`, which takes all metrics from edited pictures."""
 
+import ast
 import dataclasses
+import graphlib
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,8 @@ from diffusers_iedit import mini
 from diffusers_iedit.evaluation import metrics, networks
 from diffusers_iedit.evaluation.data import Example
 from diffusers_iedit.evaluation.inception import Inception
-from diffusers_iedit.evaluation.metrics import METRICS, Metrics, to_tensor
+from diffusers_iedit.evaluation.measuring import METRICS, Metrics
+from diffusers_iedit.evaluation.metrics import to_tensor
 from diffusers_iedit.evaluation.networks import CLIPEmbedder, LPIPSFeatures, Networks, StructureKeys
 from diffusers_iedit.losses import VGG16Features
 from diffusers_iedit.mini.judging import Judge
@@ -268,6 +272,7 @@ def test_a_default_that_cannot_be_reached_is_left_out_with_one_line_that_says_wh
     assert len(caplog.messages) == 1
     assert f"network for {part}" in caplog.text
     assert "nowhere" in caplog.text
+    assert caplog.messages[0].endswith(f". --networks {part}=NAME brings them in.")
     assert "\n" not in caplog.messages[0]
 
 
@@ -466,6 +471,14 @@ def test_without_names_the_metrics_are_those_whose_networks_can_be_had(everythin
     }
 
 
+def test_what_is_left_out_is_named_with_the_option_that_brings_it_in(everything):
+    option = "The network for {}: the mini world has none. --networks {}=NAME brings them in."
+    assert everything.left_out == [
+        f"LPIPS, PIE-Bench LPIPS, VGG: {option.format('lpips', 'lpips')}",
+        f"Structure distance, PIE-Bench structure distance: {option.format('dino', 'dino')}",
+    ]
+
+
 def test_lpips_and_the_structure_distance_of_edits(examples, vgg, vit):
     names = ["lpips", "pie_lpips_vgg", "structure_distance", "pie_structure_distance"]
     found = Metrics(names, Networks({"lpips": str(vgg), "dino": str(vit)}))
@@ -511,3 +524,17 @@ def test_every_metric_says_what_it_is():
         assert info.better in ("higher", "lower", None), name
         assert len(info.about) > 20, name
     assert [name for name, info in METRICS.items() if info.better is None] == ["ssim_m", "ssim_m_region"]
+
+
+def test_no_two_files_of_the_evaluation_import_each_other():
+    imports = {
+        file.stem: [
+            node.module
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+        ]
+        for file in Path(metrics.__file__).parent.glob("*.py")
+    }
+    assert "metrics" in imports["networks"]
+    order = list(graphlib.TopologicalSorter(imports).static_order())
+    assert order.index("metrics") < order.index("networks") < order.index("measuring")

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_pairs import SCRIPT, UNET, arguments, command, losses, make_rows, train, unet, write_base, write_pairs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train_iedit import PRESETS
+from train_iedit import PRESETS, parse_args
 
 from diffusers_iedit import IEditPipeline, mini
 from diffusers_iedit.finetuning.models import TRAIN_BLOCKS
@@ -287,6 +287,11 @@ def test_a_preset_gives_other_defaults_and_options_prevail(tmp_path, pairs, base
     for name, value in PRESETS["tuned"].items():
         assert settings[name] == (7 if name == "snr_gamma" else value)
     assert PRESETS["paper"] == {}
+
+
+@pytest.mark.parametrize("option", ["--steps", "--num_inference_steps"])
+def test_the_steps_of_an_edit_are_spelled_as_in_the_command_or_in_the_pipeline(option):
+    assert parse_args(["--train_data", "pairs", "--output_dir", "model", option, "7"]).num_inference_steps == 7
 
 
 def test_samples_without_caption_are_trained_by_eq_1_whatever_the_loss_is(tmp_path, pairs, base):

@@ -197,7 +197,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--num_validation_pairs", type=int, default=4, help="0 for no validation")
     group.add_argument("--strength", type=float, default=0.7, help="of the edits that are shown, as the next two")
     group.add_argument("--guidance_scale", type=float, default=7.5)
-    group.add_argument("--num_inference_steps", type=int, default=50)
+    group.add_argument("--num_inference_steps", "--steps", type=int, default=50)
     group.add_argument(
         "--evaluation_data",
         help="at the end, edit these examples by SDEdit, iEdit and iEdit-M, into OUTPUT_DIR/evaluation, for the card's"

@@ -9,7 +9,9 @@ import logging
 import math
 import os
 import secrets
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -57,6 +59,11 @@ EDIT_ARGUMENTS = (
 )
 MASK_ARGUMENTS = ("prompt", "mask_prompt", "source_prompt", "mask_threshold", "mask_dilation", "mask_feather")
 
+GOES_ON = "Run the same command again to go on."
+
+# Options with a second name: the pipelines'.
+ALIASES = {"--num-inference-steps": "--steps"}
+
 # Components that serve one purpose each; what a run does not need is neither downloaded nor loaded.
 EDITING = (
     "vae",
@@ -81,6 +88,17 @@ class FailedEditsError(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        # An option may be written with underscores too, as the training scripts have it, and by its second name.
+        args, options_end = list(sys.argv[1:] if args is None else args), False
+        for number, arg in enumerate(args):
+            options_end = options_end or arg == "--"
+            if arg.startswith("--") and not options_end:
+                name, equals, value = arg.partition("=")
+                name = name.replace("_", "-")
+                args[number] = ALIASES.get(name, name) + equals + value
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
@@ -161,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="num_inference_steps",
         type=_COUNT,
         metavar="N",
-        help="denoising steps at strength 1 (default: 50)",
+        help="denoising steps at strength 1; --num-inference-steps is the same (default: 50)",
     )
     edit.add_argument(
         "--guidance-scale",
@@ -207,8 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     def add(name: str, **options):
-        # With underscores too, as the training scripts have it.
-        evaluate.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}")), **options)
+        evaluate.add_argument(f"--{name}", **options)
 
     def words(text: str) -> list[str]:
         return [word for word in text.split(",") if word]
@@ -225,7 +242,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("data", required=True, metavar="SET", help="mini, pie-bench:DIR, or a set of pairs: a folder or a Hub id")
     add("output-dir", required=True, type=Path, metavar="DIR", help="where results.json, results.md, index.html go")
     add("model", default=DEFAULT_MODEL, metavar="NAME", help="the fine-tuned model (default: %(default)s)")
-    add("base-model", metavar="NAME", help=f"what it was fine-tuned from (default: {DEFAULT_MODEL}; mini's for mini)")
+    add(
+        "base-model",
+        metavar="NAME",
+        help="what it was fine-tuned from (default: what MODEL/training_args.json names; mini-base for mini; or else"
+        f" {DEFAULT_MODEL})",
+    )
     add("instruct-model", metavar="NAME", help="an InstructPix2Pix model, for instruct-pix2pix")
     add(
         "methods",
@@ -240,7 +262,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("num-examples", type=_COUNT, metavar="N", help="take only the first of each group")
     add("strength", type=_STRENGTH, metavar="S", help="of all methods (default: 0.7)")
     add("guidance-scale", type=float, metavar="G", help="of all methods (default: 7.5)")
-    add("steps", dest="num_inference_steps", type=_COUNT, metavar="N", help="at strength 1 (default: 50)")
+    add(
+        "steps",
+        dest="num_inference_steps",
+        type=_COUNT,
+        metavar="N",
+        help="denoising steps at strength 1; --num-inference-steps is the same (default: 50)",
+    )
     add("mask-dilation", type=_PIXELS, metavar="PX", help="grow the masks by this much (default: 0)")
     add("strengths", type=numbers, action="extend", metavar="S,S", help="for trade-off curves")
     add("num-curve-examples", type=_COUNT, metavar="N", help="take only the first of each group for the curves")
@@ -502,14 +530,55 @@ def _mask(args: argparse.Namespace) -> tuple[str, str]:
     return str(path), ""
 
 
-def _evaluate(args: argparse.Namespace) -> tuple[str, str]:
-    """Evaluate methods. Returns as `_edit` does."""
+@contextlib.contextmanager
+def _stoppable(command: str):
+    """SIGTERM and Ctrl-C end the process at once, with a line, whatever it is in the middle of.
+
+    Only for work that a kill at any moment does not harm. A handler in Python would have to wait until a library comes
+    back, which one that waits for another process may never do.
+    """
+    names = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def watch():
+        while number := os.read(read, 1):
+            if name := names.get(number[0]):
+                try:
+                    # Of several processes, one says it.
+                    if os.environ.get("RANK", "0") == "0":
+                        os.write(2, f"\niedit {command}: stopped by {name}. {GOES_ON}\n".encode())
+                # Who was to read it may have been stopped as well.
+                finally:
+                    os._exit(128 + number[0])
+        os.close(read)
+
+    threading.Thread(target=watch, daemon=True).start()
+    handlers = {number: signal.signal(number, lambda *_: None) for number in names}
+    woken = signal.set_wakeup_fd(write)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(woken)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(write)
+
+
+def _evaluate(args: argparse.Namespace) -> tuple[str, str] | None:
+    """Evaluate methods. Returns as `_edit` does, in the main process."""
+    with _stoppable(args.command):
+        return _evaluate_methods(args)
+
+
+def _evaluate_methods(args: argparse.Namespace) -> tuple[str, str] | None:
     for name in ("model", "base_model", "instruct_model"):
         if hasattr(args, name):
             _check_model(getattr(args, name), f"--{name.replace('_', '-')}")
     _import_libraries()
     try:
         import torch
+        from tqdm.contrib.logging import logging_redirect_tqdm
 
         from .evaluation.methods import Settings
         from .evaluation.runner import evaluate
@@ -521,13 +590,22 @@ def _evaluate(args: argparse.Namespace) -> tuple[str, str]:
     settings = {name: given.pop(name) for name in names & given.keys()}
     given.setdefault("methods", ["sdedit", "sdedit-m", "iedit", "iedit-m"])
     given["networks"] = dict(given["networks"]) if "networks" in given else None
-    settings.setdefault("base_model", "mini-base" if args.model == "mini" else DEFAULT_MODEL)
     if "dtype" in given:
         given["dtype"] = getattr(torch, args.dtype)
+    # A line that is logged stands above the bars, not in them.
+    loggers = [logging.getLogger(name) for name in (None, "diffusers", "transformers")]
     try:
-        results = evaluate(settings=Settings(**settings), **given)
+        with logging_redirect_tqdm(loggers):
+            results = evaluate(settings=Settings(**settings), **given)
     except (ValueError, OSError) as error:
         raise UserError(error) from error
+    except Exception as error:
+        frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+        if isinstance(error, RuntimeError) and frame.f_globals["__name__"].startswith(f"{__package__}."):
+            raise UserError(error) from error
+        # Nobody saw it coming. What was done is kept, and a line tells a user more than the frames of five libraries.
+        where = f"{Path(frame.f_code.co_filename).name}, line {line}"
+        raise UserError(f"{type(error).__name__}: {error} ({where}). {GOES_ON}") from error
     failed = [
         f"{example['key']} by {variant}"
         for example in results.get("examples", ())
@@ -538,7 +616,8 @@ def _evaluate(args: argparse.Namespace) -> tuple[str, str]:
         raise FailedEditsError(
             f"{len(failed)} edits failed, see {args.output_dir / 'results.md'}: {', '.join(failed[:3])}"
         )
-    return str(args.output_dir / "index.html"), ""
+    # Of several processes, one has the results, and says so.
+    return (str(args.output_dir / "index.html"), ", the page with the edits, plots and tables") if results else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -549,7 +628,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     args = build_parser().parse_args(argv)
     try:
-        where, details = args.run(args)
+        done = args.run(args)
     except (UserError, FailedEditsError) as error:
         message = " ".join(str(error).split())
         print(f"iedit {args.command}: error: {message}", file=sys.stderr)
@@ -557,7 +636,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"iedit {args.command}: interrupted", file=sys.stderr)
         return 130
-    print(f"{where}: {time.perf_counter() - start:.1f} s{details}")
+    if done is not None:
+        where, details = done
+        print(f"{where}: {time.perf_counter() - start:.1f} s{details}")
     return 0
 
 

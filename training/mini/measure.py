@@ -271,7 +271,7 @@ def main() -> None:
     edit = parser.add_argument_group("settings of the edits", "by default those of IEditPipeline")
     edit.add_argument("--strength", type=float)
     edit.add_argument("--guidance_scale", type=float)
-    edit.add_argument("--num_inference_steps", type=int)
+    edit.add_argument("--num_inference_steps", "--steps", type=int)
     edit.add_argument("--mask_dilation", type=int)
     args = parser.parse_args()
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
+import os
 import re
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -24,13 +27,55 @@ from ..pipeline import IEditPipeline
 from .data import Example
 
 
+DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
+
+TRAINING_ARGS = "training_args.json"
+"""What a training leaves of its options in the model's folder."""
+
+
+def find_base(model: str) -> str:
+    """What a model was fine-tuned from.
+
+    Args:
+        model (`str`): A Hub id, a folder, or `mini`.
+
+    Returns:
+        `str`: `mini-base` for `mini`; what `training_args.json` in the model's folder names, as a path that holds here
+        if it is a folder; or else `CompVis/stable-diffusion-v1-4`, the paper's.
+
+    Raises:
+        ValueError: If the file does not tell.
+    """
+    if model == "mini":
+        return "mini-base"
+    file = Path(model) / TRAINING_ARGS
+    if not file.is_file():
+        return DEFAULT_MODEL
+    try:
+        trained = json.loads(file.read_text(encoding="utf-8"))
+        base, output_dir = trained["model"], Path(trained["output_dir"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not tell from what {model} was trained; `base_model` does.") from error
+    if base in ("mini", "mini-base"):
+        return base
+    starts, home = [Path()], str(Path(model).resolve())
+    # A relative path is one from where the training ran, and from there the model's folder was `output_dir`.
+    if home.endswith(f"{os.sep}{output_dir}"):
+        starts.insert(0, Path(home[: -len(str(output_dir))]))
+    for start in starts:
+        if (start / base).is_dir():
+            return str(start / base)
+    return base
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all methods are told alike; one that has no use for a setting leaves it alone.
 
     Args:
         model (`str`): The fine-tuned pipeline: a Hub id, a folder, or `mini`.
-        base_model (`str`): What it was fine-tuned from, for the methods without fine-tuning; `mini-base` is `mini`'s.
+        base_model (`str`, *optional*): What it was fine-tuned from, for the methods without fine-tuning; by default
+            what [`find_base`] finds.
         instruct_model (`str`, *optional*): An InstructPix2Pix pipeline.
         strength (`float`): In (0, 1].
         guidance_scale (`float`): Of the prompt.
@@ -40,8 +85,8 @@ class Settings:
         scheduler (`str`, *optional*): A class of diffusers, instead of the model's own.
     """
 
-    model: str = "CompVis/stable-diffusion-v1-4"
-    base_model: str = "CompVis/stable-diffusion-v1-4"
+    model: str = DEFAULT_MODEL
+    base_model: str | None = None
     instruct_model: str | None = None
     strength: float = 0.7
     guidance_scale: float = 7.5
@@ -59,6 +104,8 @@ class Settings:
             raise ValueError(f"`mask_dilation` has to be 0 or more, got {self.mask_dilation}.")
         if self.scheduler is not None and not hasattr(diffusers, self.scheduler):
             raise ValueError(f"`scheduler` has to be the name of a class of diffusers, got {self.scheduler!r}.")
+        if self.base_model is None:
+            object.__setattr__(self, "base_model", find_base(self.model))
 
 
 class Models:
@@ -130,7 +177,13 @@ class Method:
     def load(self, settings: Settings) -> None:
         """Loads what it uses, so that a model that is not there is found before any work is done."""
         for use in self.uses:
-            self.models.load(IEditPipeline, getattr(settings, use), f"`{use}`")
+            try:
+                self.models.load(IEditPipeline, getattr(settings, use), f"`{use}`")
+            except ValueError as error:
+                said = Path(settings.model) / TRAINING_ARGS
+                if use == "base_model" and said.exists():
+                    raise ValueError(f"{error} {said} names it.") from error
+                raise
 
     def __call__(
         self, examples: list[Example], settings: Settings, generators: list[torch.Generator]

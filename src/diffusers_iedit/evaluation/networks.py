@@ -144,6 +144,9 @@ class Networks:
             compares features of the judge, and there is nothing for LPIPS and for the structure distance.
         device (`str` or `torch.device`): Where they run.
 
+    Attributes:
+        missing (`dict[str, str]`): For the parts that were not found: why, and the option that brings them in.
+
     Raises:
         ValueError: If there is no such part.
     """
@@ -155,6 +158,7 @@ class Networks:
         self.models = DEFAULT_MODELS | self._chosen
         self.device = torch.device(device)
         self._loaded: dict[str, Callable | None] = {}
+        self.missing: dict[str, str] = {}
 
     @cached_property
     def judge(self) -> Judge:
@@ -179,7 +183,7 @@ class Networks:
         return self._loaded[part]
 
     def find(self, part: str) -> Callable | None:
-        """As `get`, but what was not chosen may be missing: this is logged, and the result is None.
+        """As `get`, but what was not chosen may be missing: this is logged and in `missing`, and the result is None.
 
         Raises:
             ValueError: If a model that was chosen cannot be loaded.
@@ -190,7 +194,8 @@ class Networks:
             except ValueError as error:
                 if self._chosen.get(part, "mini") != "mini":
                     raise
-                logger.warning("Metrics are left out. %s", error)
+                self.missing[part] = f"{str(error).rstrip('.')}. --networks {part}=NAME brings them in."
+                logger.warning("Metrics are left out. %s", self.missing[part])
                 self._loaded[part] = None
         return self._loaded[part]
 

@@ -1,4 +1,4 @@
-"""Writes what an evaluation found: `results.md`, and `index.html`, one page with tables, plots and pictures."""
+"""Writes what an evaluation found: `results.md`, and `index.html`, one page with pictures, plots and tables."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ THUMBNAIL_SIZE = 160
 
 PICTURE_BYTES = 16_000_000
 """What the pictures on the page may weigh together, encoded as text."""
+
+# The metrics that decide, of those that were taken: what changed, what was kept, and whether it looks real. The others
+# are folded away.
+_LEADING = ("success", "clip_score", "ssim_not_m", "ssim_not_m_region", "fid")
+_COLUMNS = 6
+"""No table has more, but for that of the names."""
 
 # The axes of the trade-off plots: how well the background is kept (the first of these that was measured), and whether
 # the edit shows (one plot each).
@@ -53,35 +59,33 @@ def write(results: dict, output_dir: str | os.PathLike) -> None:
 def write_markdown(results: dict, file: str | os.PathLike) -> None:
     """Writes the tables as Markdown: the values, and the paired differences from the baseline, for each group.
 
+    The metrics that decide come first; the others, what they all are, and the settings are folded away.
+
     Args:
         results (`dict`): What `results.json` holds.
         file (`str` or `os.PathLike`): The file to write.
     """
     lines = ["# Evaluation", "", _markdown(_facts(results)), "", _markdown(_legend(results))]
     for section in _sections(results):
-        lines += ["", f"## {_markdown(section['title'])}"]
-        for table in section["tables"]:
-            lines += ["", f"### {_markdown(table['title'])}", ""]
-            rows = []
-            for row in table["rows"]:
-                rows.append([_markdown(row["title"])])
-                for cell in row["cells"]:
-                    text = f"**{cell['text']}**" if cell["mark"] == "best" else cell["text"]
-                    rows[-1].append(" ".join(filter(None, (text, cell["interval"], _MARKS.get(cell["mark"])))))
-            lines += _markdown_table(["", *map(_markdown, table["columns"])], rows)
+        lines += ["", f"## {_markdown(section['title'])}", *_markdown_tables(section["tables"])]
+        if section["others"]:
+            lines += _folded("The other metrics", _markdown_tables(section["others"]))
     if failed := _failed(results):
         rows = [[_markdown(part) for part in entry] for entry in failed]
         lines += ["", "## Failed edits", "", *_markdown_table(["Example", "Method", "Error"], rows)]
+    lines += ["", "## How it was measured"]
+    for sentence in results["left_out"]:
+        lines += ["", f"Not measured: {_markdown(sentence)}"]
     rows = [[_markdown(metric["title"]), _markdown(metric["about"])] for metric in results["metrics"].values()]
-    lines += ["", "## Metrics", "", *_markdown_table(["Metric", "What it is"], rows)]
+    lines += _folded("Metrics", ["", *_markdown_table(["Metric", "What it is"], rows)])
     for title, entries in _records(results).items():
         rows = [[_markdown(name), _markdown(value)] for name, value in entries]
-        lines += ["", f"## {title}", "", *_markdown_table(["", ""], rows)]
+        lines += _folded(title, ["", *_markdown_table(["", ""], rows)])
     _replace(Path(file), "\n".join(lines) + "\n")
 
 
 def write_html(results: dict, output_dir: str | os.PathLike) -> None:
-    """Writes `index.html`: the tables, trade-off plots and a sheet of pictures, in one page that needs nothing else.
+    """Writes `index.html`: a sheet of pictures, trade-off plots and the tables, in one page that needs nothing else.
 
     The pictures are embedded, at most 160 pixels wide and high. Where they would weigh more than 16 MB, the page shows
     the worst and the best examples (by the first metric that has a better direction, mean over the methods) and says
@@ -109,6 +113,7 @@ def write_html(results: dict, output_dir: str | os.PathLike) -> None:
         legend=_legend(results),
         sections=[section | {"plots": _plots(results, section["group"])} for section in _sections(results)],
         failed=_failed(results),
+        left_out=results["left_out"],
         metrics=results["metrics"],
         records=_records(results),
         sheet=_sheet(results, output_dir / "images"),
@@ -126,12 +131,33 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
+def _markdown_tables(tables: list[dict]) -> list[str]:
+    lines = []
+    for table in tables:
+        lines += ["", f"### {_markdown(table['title'])}", ""]
+        rows = []
+        for row in table["rows"]:
+            rows.append([_markdown(row["title"])])
+            for cell in row["cells"]:
+                text = f"**{cell['text']}**" if cell["mark"] == "best" else cell["text"]
+                rows[-1].append(" ".join(filter(None, (text, cell["interval"], _MARKS.get(cell["mark"])))))
+        lines += _markdown_table(["", *map(_markdown, table["columns"])], rows)
+    return lines
+
+
+def _folded(title: str, lines: list[str]) -> list[str]:
+    return ["", f"<details><summary>{title}</summary>", *lines, "", "</details>"]
+
+
 def _facts(results: dict) -> str:
-    facts = [f"{len(results['examples'])} examples"]
-    for name, value in results["settings"].items():
-        if value is not None and not isinstance(value, (dict, list)):
-            facts.append(f"{name.replace('_', ' ')} {value}")
-    return " · ".join(facts)
+    settings = results["settings"]
+    names = ("data", "model", "base_model", "strength", "guidance_scale", "num_inference_steps")
+    facts = [
+        f"{name.removeprefix('num_inference_').replace('_', ' ')} {settings[name]}"
+        for name in names
+        if settings.get(name) is not None
+    ]
+    return " · ".join([f"{len(results['examples'])} examples", *facts])
 
 
 def _legend(results: dict) -> str:
@@ -219,12 +245,23 @@ def _difference_cells(entries: list[dict], better: str | None, decimals: int) ->
     return cells
 
 
+def _columns(results: dict) -> list[list[str]]:
+    """The metrics of each table: first those that decide, or all if they are few."""
+    metrics = list(results["metrics"])
+    if len(metrics) <= _COLUMNS:
+        return [metrics]
+    leading = [name for name in metrics if name in _LEADING] or metrics[:_COLUMNS]
+    others = [name for name in metrics if name not in leading]
+    return [leading, *(others[start : start + _COLUMNS] for start in range(0, len(others), _COLUMNS))]
+
+
 def _sections(results: dict) -> list[dict]:
     """The groups and their tables, as texts, in the order in which they are shown."""
     variants, sections = results["variants"], []
+    leading, *others = _columns(results)
     for group, summary in results["summary"].items():
         examples = [example for example in results["examples"] if group in ("all", example["group"])]
-        tables = []
+        tables, folded = [], []
         for title, titles in _rows(results):
             titles = dict(titles)
             for name in titles:
@@ -238,23 +275,27 @@ def _sections(results: dict) -> list[dict]:
                 and any("difference" in entry for entry in summary.get(name, {}).values())
             }
             baseline_title = variants[results["baseline"]]["title"] if results["baseline"] is not None else None
-            for table_title, rows, key, make_cells in (
-                (title, titles, None, _value_cells),
-                (f"{title}: difference from {baseline_title}", compared, "difference", _difference_cells),
-            ):
-                headings, columns = [], []
-                for metric, about in results["metrics"].items():
-                    entries = [summary.get(name, {}).get(metric, {}) for name in rows]
-                    if any(entry and (key is None or key in entry) for entry in entries):
-                        headings.append(about["title"] + _ARROWS[about["better"]])
-                        columns.append(make_cells(entries, about["better"], _decimals(results, metric)))
-                if columns:
-                    rows = [
-                        {"title": row_title, "cells": cells}
-                        for row_title, *cells in zip(rows.values(), *columns, strict=True)
-                    ]
-                    tables.append({"title": table_title, "columns": headings, "rows": rows})
-        sections.append({"group": group, "title": f"{group} ({len(examples)} examples)", "tables": tables})
+            for metrics in (leading, *others):
+                for table_title, rows, key, make_cells in (
+                    (title, titles, None, _value_cells),
+                    (f"{title}: difference from {baseline_title}", compared, "difference", _difference_cells),
+                ):
+                    headings, columns = [], []
+                    for metric in metrics:
+                        about = results["metrics"][metric]
+                        entries = [summary.get(name, {}).get(metric, {}) for name in rows]
+                        if any(entry and (key is None or key in entry) for entry in entries):
+                            headings.append(about["title"] + _ARROWS[about["better"]])
+                            columns.append(make_cells(entries, about["better"], _decimals(results, metric)))
+                    if columns:
+                        rows = [
+                            {"title": row_title, "cells": cells}
+                            for row_title, *cells in zip(rows.values(), *columns, strict=True)
+                        ]
+                        table = {"title": table_title, "columns": headings, "rows": rows}
+                        (tables if metrics is leading else folded).append(table)
+        title = f"{group} ({len(examples)} examples)"
+        sections.append({"group": group, "title": title, "tables": tables, "others": folded})
     return sections
 
 
@@ -408,10 +449,8 @@ def _sheet(results: dict, images: Path) -> dict:
         "left_out": len(examples) - len(rows),
         "left_out_by": lead["title"] if lead else None,
         "other_variants": len(variants) - len(shown),
-        "sort": {
-            "metric": lead["name"] if lead else None,
-            "method": next((name for name in shown if name != results["baseline"]), shown[0]),
-        },
+        "lead": lead["name"] if lead else None,
+        "method": next((name for name in shown if name != results["baseline"]), shown[0]),
     }
 
 

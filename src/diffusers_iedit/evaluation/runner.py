@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -13,12 +16,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..pairs.engines import LocalEngine
-from ..pairs.shards import replacing
+from ..pairs.shards import lock_folder, replacing
 from . import report
 from .data import Example, load_examples
+from .measuring import Metrics
 from .methods import Method, Models, Settings, Variant, parse_variant
-from .metrics import Metrics, fid
-from .networks import Networks
+from .metrics import fid
+from .networks import DEFAULT_MODELS, Networks
 from .statistics import summarise
 
 
@@ -56,8 +60,23 @@ class _Files:
         return self.output_dir / "batches" / variant.slug / f"{number:06}.json"
 
 
+@contextmanager
+def _claimed(files: _Files, engine: LocalEngine) -> Iterator[None]:
+    """Keeps the folder for this evaluation, if it is one; of several processes, the main one does."""
+    if not engine.is_main:
+        yield
+        return
+    # What is hidden is the lock.
+    held = list(files.output_dir.glob("[!.]*"))
+    if not files.config.exists() and any(file.suffix != ".partial" for file in held):
+        raise ValueError(f"`output_dir` {files.output_dir} is not empty, and what it holds is no evaluation.")
+    files.output_dir.mkdir(parents=True, exist_ok=True)
+    with lock_folder(files.output_dir, "evaluation"):
+        yield
+
+
 def _start(files: _Files, config: dict, variants: list[Variant], weights: dict[str, str]) -> None:
-    """Makes the folder, or checks that it belongs to this configuration."""
+    """Checks that the folder belongs to this configuration, and makes what is to be in it."""
     known = {}
     if files.config.exists():
         found = json.loads(files.config.read_text(encoding="utf-8"))
@@ -77,10 +96,7 @@ def _start(files: _Files, config: dict, variants: list[Variant], weights: dict[s
                 f"`output_dir` {files.output_dir} holds another evaluation: {'; '.join(differences)}. Take another"
                 " folder, or remove it."
             )
-    elif files.output_dir.exists() and any(file.suffix != ".partial" for file in files.output_dir.iterdir()):
-        raise ValueError(f"`output_dir` {files.output_dir} is not empty, and what it holds is no evaluation.")
     # First of all, as it says whose folder this is.
-    files.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(config | {"weights": known | weights}, files.config)
     # What a kill left behind.
     for partial in files.output_dir.rglob("*.partial"):
@@ -168,6 +184,68 @@ def _add_fid(files: _Files, metrics: Metrics, rows: list[dict], variants: list[V
             by_variant[variant.name]["fid"] = {"value": value}
 
 
+def _read(
+    files: _Files, examples: Sequence[Example], num_examples: int | None, seed: int, engine: LocalEngine
+) -> list[dict]:
+    """What each example is asked for, which is kept; its pictures are left on the disk."""
+    rows, counts = [], Counter()
+    quiet = not engine.state.is_local_main_process
+    for number, example in enumerate(tqdm(examples, desc="Reading", unit="example", disable=quiet)):
+        counts[example.group] += 1
+        if num_examples is not None and counts[example.group] > num_examples:
+            continue
+        texts = {name: getattr(example, name) for name in ("key", "group", "source_caption", "edit_prompt")}
+        rows.append(texts | {"seed": seed + number, "number": number, "place": counts[example.group]})
+        if engine.is_main:
+            for folder, image in (("source", example.image), ("mask", example.mask), ("target", example.target)):
+                file = files.image(folder, example.key)
+                if image is not None and not file.exists():
+                    write_image(image, file)
+    return rows
+
+
+def _results(
+    files: _Files,
+    metrics: Metrics,
+    rows: list[dict],
+    work: list[tuple[Variant, Path, list[dict]]],
+    variants: list[Variant],
+    curves: list[Variant],
+) -> dict:
+    """What the batches came to together."""
+    by_key = {row["key"]: row | {"results": {}} for row in rows}
+    for variant, file, _ in work:
+        for key, values in json.loads(file.read_text())["results"].items():
+            by_key[key]["results"][variant.name] = {
+                name: value for name, value in values.items() if name in ("error", *metrics.infos)
+            }
+    rows = list(by_key.values())
+    all_variants = [*variants, *curves]
+    summary = summarise(rows, metrics.infos, [variant.name for variant in all_variants], variants[0].name)
+    if "fid" in metrics.infos:
+        _add_fid(files, metrics, rows, variants, summary)
+    kept = ("key", "group", "source_caption", "edit_prompt", "seed", "results")
+    return {
+        "metrics": {
+            name: {"title": info.title, "better": info.better, "about": info.about}
+            for name, info in metrics.infos.items()
+        },
+        "left_out": metrics.left_out,
+        "variants": {
+            variant.name: {
+                "title": variant.title,
+                "slug": variant.slug,
+                "method": variant.method,
+                "settings": variant.changes,
+                "given_mask": variant.method_class.given_mask,
+            }
+            for variant in all_variants
+        },
+        "examples": [{name: row[name] for name in kept} for row in rows],
+        "summary": summary,
+    }
+
+
 def evaluate(
     data: str,
     methods: list[str],
@@ -200,10 +278,10 @@ def evaluate(
         num_examples (`int`, *optional*): Take only the first of each group, to try something.
         strengths (`list[float]`): Also run each method that has a strength with each of these, for trade-off curves.
         num_curve_examples (`int`, *optional*): How many examples of each group the curves take.
-        metrics (`list[str]`, *optional*): Of [`~diffusers_iedit.evaluation.metrics.METRICS`]; all by default whose
+        metrics (`list[str]`, *optional*): Of [`~diffusers_iedit.evaluation.measuring.METRICS`]; all by default whose
             networks can be had.
-        networks (`dict[str, str]`, *optional*): See [`~diffusers_iedit.evaluation.networks.Networks`]; by default
-            `mini` for the mini benchmark.
+        networks (`dict[str, str]`, *optional*): See [`~diffusers_iedit.evaluation.networks.Networks`]; for the mini
+            benchmark, `mini` is the default of each.
         seed (`int`): Of the noise: an example's is `seed` plus its place in the set.
         dtype (`torch.dtype`): Of the models that edit.
         batch_size (`int`): How many pictures are edited together; what a stop can lose.
@@ -213,12 +291,12 @@ def evaluate(
 
     Raises:
         ValueError: If anything that was given cannot be used, or the folder holds another evaluation.
+        RuntimeError: If another process is at work on the folder.
     """
     engine = LocalEngine()
     device = engine.state.device
     examples = load_examples(data, split)
     variants = [parse_variant(name, settings) for name in dict.fromkeys(methods)]
-    baseline = variants[0].name
     curves = [
         parse_variant(f"{variant.name}@strength={strength}", settings)
         for variant in variants
@@ -226,8 +304,8 @@ def evaluate(
         for strength in strengths
         if strength != settings.strength
     ]
-    if networks is None and data == "mini":
-        networks = dict.fromkeys(("clip", "fid", "lpips", "dino"), "mini")
+    if data == "mini":
+        networks = dict.fromkeys(DEFAULT_MODELS, "mini") | (networks or {})
     metrics_taken = Metrics(metrics, Networks(networks, device))
     models = Models(device, dtype)
     built = {variant.name: variant.method_class(models) for variant in (*variants, *curves)}
@@ -242,76 +320,34 @@ def evaluate(
     config |= {"num_examples": num_examples, "num_curve_examples": num_curve_examples, "batch_size": batch_size}
     config |= {"dtype": str(dtype).removeprefix("torch."), "networks": metrics_taken.networks.models}
     files = _Files(Path(output_dir))
-    if engine.is_main:
-        _start(files, config, [*variants, *curves], weights)
-    engine.wait()
-
-    # What an example is asked for is kept, and its pictures are left on the disk.
-    rows, counts = [], {}
-    quiet = not engine.state.is_local_main_process
-    for number, example in enumerate(tqdm(examples, desc="Reading", disable=quiet)):
-        counts[example.group] = counts.get(example.group, 0) + 1
-        if num_examples is not None and counts[example.group] > num_examples:
-            continue
-        texts = {name: getattr(example, name) for name in ("key", "group", "source_caption", "edit_prompt")}
-        rows.append(texts | {"seed": seed + number, "number": number, "place": counts[example.group]})
+    with _claimed(files, engine):
         if engine.is_main:
-            for folder, image in (("source", example.image), ("mask", example.mask), ("target", example.target)):
-                file = files.image(folder, example.key)
-                if image is not None and not file.exists():
-                    write_image(image, file)
-
-    # A batch always holds the same examples, as its size and its neighbours show in the last bits of the results.
-    curve_rows = [row for row in rows if row["place"] <= (num_curve_examples or row["place"])]
-    work = [
-        (variant, files.batch(variant, start), chosen[start : start + batch_size])
-        for variants_, chosen in ((variants, rows), (curves, curve_rows))
-        for start in range(0, len(chosen), batch_size)
-        for variant in variants_
-    ]
-    for variant, file, batch in tqdm(engine.share(work), desc="Editing", disable=quiet):
-        if not _is_done(file, metrics_taken):
-            opened = [examples[row["number"]] for row in batch]
-            seeds = [row["seed"] for row in batch]
-            _work_off(files, file, variant, built[variant.name], metrics_taken, opened, seeds)
-    engine.wait()
-    if not engine.is_main:
-        return {}
-
-    by_key = {row["key"]: row | {"results": {}} for row in rows}
-    for variant, file, _ in work:
-        for key, values in json.loads(file.read_text())["results"].items():
-            by_key[key]["results"][variant.name] = {
-                name: value for name, value in values.items() if name in ("error", *metrics_taken.infos)
-            }
-    rows = list(by_key.values())
-    all_variants = [*variants, *curves]
-    summary = summarise(rows, metrics_taken.infos, [variant.name for variant in all_variants], baseline)
-    if "fid" in metrics_taken.infos:
-        _add_fid(files, metrics_taken, rows, variants, summary)
-    kept = ("key", "group", "source_caption", "edit_prompt", "seed", "results")
-    results = {
-        "settings": config,
-        "versions": {name: version(name) for name in VERSIONS},
-        "hashes": {"data": examples.fingerprint, "models": weights},
-        "metrics": {
-            name: {"title": info.title, "better": info.better, "about": info.about}
-            for name, info in metrics_taken.infos.items()
-        },
-        "variants": {
-            variant.name: {
-                "title": variant.title,
-                "slug": variant.slug,
-                "method": variant.method,
-                "settings": variant.changes,
-                "given_mask": variant.method_class.given_mask,
-            }
-            for variant in all_variants
-        },
-        "baseline": baseline,
-        "examples": [{name: row[name] for name in kept} for row in rows],
-        "summary": summary,
-    }
-    write_json(results, files.results)
-    report.write(results, output_dir)
+            _start(files, config, [*variants, *curves], weights)
+        engine.wait()
+        rows = _read(files, examples, num_examples, seed, engine)
+        # A batch always holds the same examples, as its size and its neighbours show in the last bits of the results.
+        curve_rows = [row for row in rows if row["place"] <= (num_curve_examples or row["place"])]
+        work = [
+            (variant, files.batch(variant, start), chosen[start : start + batch_size])
+            for variants_, chosen in ((variants, rows), (curves, curve_rows))
+            for start in range(0, len(chosen), batch_size)
+            for variant in variants_
+        ]
+        quiet = not engine.state.is_local_main_process
+        for variant, file, batch in tqdm(engine.share(work), desc="Editing", unit="batch", disable=quiet):
+            if not _is_done(file, metrics_taken):
+                opened = [examples[row["number"]] for row in batch]
+                seeds = [row["seed"] for row in batch]
+                _work_off(files, file, variant, built[variant.name], metrics_taken, opened, seeds)
+        engine.wait()
+        if not engine.is_main:
+            return {}
+        results = {
+            "settings": config,
+            "versions": {name: version(name) for name in VERSIONS},
+            "hashes": {"data": examples.fingerprint, "models": weights},
+            "baseline": variants[0].name,
+        } | _results(files, metrics_taken, rows, work, variants, curves)
+        write_json(results, files.results)
+        report.write(results, output_dir)
     return results
