@@ -1,9 +1,22 @@
 """What several test files set up alike."""
 
+import os
+import tempfile
+
 import numpy as np
 import pytest
 from hub_server import HubServer
 from PIL import Image, ImageDraw
+
+
+def pytest_configure(config):
+    # Caches of its own for each process that tests: nothing of the user's is read, and no two write the same file.
+    home = tempfile.TemporaryDirectory(prefix="iedit-tests-")
+    config.add_cleanup(home.cleanup)
+    os.environ["HF_HOME"] = home.name
+    # Processes side by side have one thread each: more of them than cores wait for each other, and tests take tenfold.
+    if config.getoption("numprocesses", None):
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
-"""Every script in `examples/` runs as its docstring says, on small models."""
+"""Every script in `examples/` runs as its docstring says, on small models, and so does the notebook."""
 
+import base64
+import io
 import runpy
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from notebook import code_cells, outputs_of
 from PIL import Image
 
 
@@ -76,9 +79,25 @@ def test_custom_pipeline(folder, run):
     assert not difference[np.asarray(Image.open("mask.png")) == 0].any()
 
 
+def test_the_notebook_runs_and_makes_the_pictures_that_stand_in_it():
+    notebook = EXAMPLES / "quickstart.ipynb"
+    number_of_pictures = 0
+    for cell, made in zip(code_cells(notebook), outputs_of(notebook), strict=True):
+        shown = [output["data"]["image/png"] for output in cell["outputs"]]
+        assert len(shown) == (made is not None), "".join(cell["source"])
+        for data in shown:
+            number_of_pictures += 1
+            stored = Image.open(io.BytesIO(base64.b64decode(data)))
+            assert stored.size == made.size
+            # Other machines round sums otherwise.
+            assert np.abs(np.asarray(stored).astype(int) - np.asarray(made).astype(int)).mean() < 1
+    assert number_of_pictures == 5
+    assert notebook.stat().st_size < 300_000
+
+
 def test_every_example_is_listed_and_run():
     scripts = {path.name for path in EXAMPLES.glob("*.py")}
     tests = {name.removeprefix("test_") + ".py" for name in globals() if name.startswith("test_")}
     index = (EXAMPLES / "README.md").read_text()
     assert scripts <= tests
-    assert all(f"({script})" in index for script in scripts)
+    assert all(f"({script})" in index for script in (*scripts, "quickstart.ipynb"))

@@ -221,6 +221,30 @@ def test_doors_2_and_3_run_the_code_of_the_hub_without_this_package(doors, scene
     assert np.array_equal(pixels(scene / f"{door}.png"), pixels(scene / "expected.png"))
 
 
+def test_a_pinned_commit_runs_its_own_code_whatever_was_pushed_after_it(hub, iedit_files, scene):
+    pinned = hub.add("models", "me/iedit", iedit_files)
+    newest = iedit_files | {"pipeline.py": b"raise SystemExit('the newest code ran')", UNET: b"no weights"}
+    hub.repos["models"]["me/iedit"].commit("Another", newest)
+    code = f"""
+sys.modules["diffusers_iedit"] = None
+from diffusers import DiffusionPipeline
+
+pin = {{"revision": {pinned!r}, "custom_revision": {pinned!r}}}
+pipe = DiffusionPipeline.from_pretrained("me/iedit", custom_pipeline="me/iedit", trust_remote_code=True, **pin)
+print(type(pipe).__module__)
+try:
+    # The revision of the weights is not that of the code.
+    DiffusionPipeline.from_pretrained(
+        "me/iedit", custom_pipeline="me/iedit", trust_remote_code=True, revision={pinned!r}
+    )
+except SystemExit as error:
+    print(error)
+"""
+    module, unpinned = output(hub.run(SCENE + code, SCENE=str(scene))).splitlines()
+    assert pinned in module
+    assert unpinned == "the newest code ran"
+
+
 def test_code_of_the_hub_runs_only_with_the_callers_trust(doors):
     assert "trust_remote_code" in doors["untrusted"]
 
