@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
@@ -36,7 +35,7 @@ from .jobs import (
 from .read import Collection as CollectionOptions
 from .read import first_occurrences
 from .retrieve import EXACT_LIMIT, Embeddings, assign_targets, build_index
-from .shards import Marker, read_marker, read_table, replacing, write_marker
+from .shards import Marker, lock_folder, read_marker, read_table, replacing, write_marker
 from .write import dataset_card, picture_sheet
 
 
@@ -175,14 +174,8 @@ def _claimed(output_dir: Path, options: Options) -> Iterator[None]:
                 f"`output_dir` {output_dir} lies in `{collection.argument}` {collection.path!r}, which would then hold"
                 " what is built from it."
             )
-    try:
-        # The system lets go of the lock when its process dies, however it does.
-        with FileLock(output_dir / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise RuntimeError(
-            f"Another build is at work on {output_dir}: wait for it, or choose another folder."
-        ) from None
+    with lock_folder(output_dir, "build"):
+        yield
 
 
 def _begin(output_dir: Path, manifest: dict, redo: str | None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -28,6 +29,31 @@ def replacing(file: Path) -> Iterator[Path]:
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock_folder(folder: Path, work: str) -> Iterator[None]:
+    """Keeps others from writing to a folder until the block ends, or the process does, however that happens.
+
+    Of the processes of one run, the main one takes the lock, before the others go on.
+
+    Args:
+        folder (`Path`): It has to be there.
+        work (`str`): What is done in it, for the message: "build", "training", "evaluation".
+
+    Raises:
+        RuntimeError: If another process holds the lock.
+    """
+    # The system lets go of it with its process. It is no file that is removed: that would leave a moment for two.
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RuntimeError(f"Another {work} is at work on {folder}: wait for it, or choose another folder.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass
