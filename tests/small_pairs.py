@@ -114,7 +114,7 @@ def _as_before():
 def train(argv: list[str]) -> None:
     """train_iedit.py in this process."""
     with _as_before():
-        train_iedit.main(argv)
+        train_iedit.main(train_iedit.parse_args(argv))
 
 
 def command(argv: list[str]) -> None:
@@ -187,6 +187,8 @@ def run(
     """
     os.environ.update(environment)
     os.setpgrp()
+    # What the command would start its own processes by, instead of what started this one.
+    multiprocessing.set_start_method("fork", force=True)
     output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -1,6 +1,7 @@
 """What the training sees of the pairs: their order, one augmentation for a pair, cached latents, and the noise."""
 
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -283,6 +284,30 @@ def test_an_interrupted_cache_goes_on_where_it_was(encoder, tmp_path):
     assert [after[0], after[2]] == [times[0], times[2]]
     cached = CachedPairStream(stream, tmp_path)
     assert cached[len(rows) - 1]["source_latents"].shape == (4, 8, 8)
+
+
+def test_a_file_of_the_cache_that_was_cut_off_is_named_and_written_again(pairs, encoder, tmp_path):
+    stream = PairStream(pairs, 32)
+    cache_pairs(stream, encoder, tmp_path, PartialState())
+    file = tmp_path / "000000.safetensors"
+    content = file.read_bytes()
+    for cut in (0, len(content) // 2):
+        file.write_bytes(content[:cut])
+        with pytest.raises(ValueError, match=rf"^The cached latents in {file} cannot be read any more"):
+            CachedPairStream(stream, tmp_path)[0]
+        cache_pairs(stream, encoder, tmp_path, PartialState())
+        assert file.read_bytes() == content
+
+
+def test_a_cache_that_finds_no_room_says_where_in_one_line(pairs, encoder, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"^The cached latents could not be written to {tmp_path}, which has .*MiB"):
+            cache_pairs(PairStream(pairs, 32), encoder, tmp_path, PartialState())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_cache_leaves_no_temporary_files(pairs, encoder, tmp_path):

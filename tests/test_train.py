@@ -1,31 +1,40 @@
 """train_iedit.py: what a training leaves, which weights it changes, its options, and bad input."""
 
 import json
+import os
 import re
+import runpy
+import shlex
 import shutil
+import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
+import train_iedit
 from diffusers import (
     AutoencoderTiny,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
+from diffusers.optimization import SchedulerType
 from hub_server import TOKEN, USER, files_in
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_pairs import SCRIPT, UNET, arguments, command, losses, make_rows, train, unet, write_base, write_pairs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train_iedit import PRESETS, parse_args
 
-from diffusers_iedit import IEditPipeline, mini
-from diffusers_iedit.finetuning.models import TRAIN_BLOCKS
-from diffusers_iedit.pairs.schema import FEATURES
+from diffusers_iedit import IEditPipeline, cli, mini
+from diffusers_iedit.finetuning.data import open_pairs
+from diffusers_iedit.finetuning.options import LOSS_TERMS, LR_SCHEDULERS, PRESETS, TRAIN_BLOCKS, parse_args
+from diffusers_iedit.losses import IEditLoss
+from diffusers_iedit.pairs.schema import FEATURES, validate
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +191,124 @@ def test_evaluation_data_that_is_not_there_is_an_error_before_the_training(tmp_p
     message = error(arguments(pairs, base, tmp_path / "model", "--evaluation_data", "pie-bench:nowhere"), capsys)
     assert message.startswith("nowhere is no PIE-Bench folder")
     assert not (tmp_path / "model/losses.csv").exists()
+
+
+def test_evaluation_data_with_a_bad_row_is_an_error_before_the_training(tmp_path, pairs, base, capsys):
+    rows = make_rows()
+    rows[10]["source_mask"] = Image.new("L", (64, 64))
+    data = write_pairs(tmp_path / "data", rows)
+    message = error(arguments(pairs, base, tmp_path / "model", "--evaluation_data", data), capsys)
+    assert re.search("(?i)row 10.* black", message)
+    assert not (tmp_path / "model/losses.csv").exists()
+
+
+def test_an_evaluation_that_fails_leaves_the_model_with_its_card_and_says_so(tmp_path, pairs, base):
+    output_dir = tmp_path / "model"
+    options = ("--max_train_steps", 1, "--loss", "ldm", "--evaluation_data", pairs, "--push_to_hub")
+    failing = mock.patch("small_pairs.train_iedit.evaluate_model", side_effect=KeyError("lpips"))
+    hub = mock.patch("small_pairs.train_iedit.check_hub", return_value="me/model")
+    with failing, hub, pytest.raises(RuntimeError) as failed:
+        train(arguments(pairs, base, output_dir, *options))
+    said = str(failed.value)
+    assert said.startswith(f"KeyError: 'lpips'. The model in {output_dir} is whole. What is left: iedit evaluate ")
+    assert said.endswith(f"; python -m diffusers_iedit.finetuning.hub {output_dir} me/model")
+    assert "ldm" in (output_dir / "README.md").read_text()
+    IEditPipeline.from_pretrained(output_dir)
+
+
+def test_the_command_that_evaluates_a_finished_model_does_what_the_training_would_have(tmp_path, pairs):
+    others = ("--evaluation_data", pairs, "--num_evaluation_examples", 1, "--num_inference_steps", 2)
+    options = ("--max_train_steps", 1, "--loss", "ldm", *others)
+    argv = arguments(pairs, "mini-base", tmp_path / "model", *options)
+    train(argv)
+    results = tmp_path / "model/evaluation/step-000001/results.json"
+    before = json.loads(results.read_text())
+    cli.main(shlex.split(train_iedit.evaluation_command(parse_args(argv)))[1:])
+    # Of the same settings, or the folder would be refused.
+    assert json.loads(results.read_text())["summary"] == before["summary"]
+
+
+# What is saved
+
+
+def test_what_is_saved_can_be_read_by_whom_the_umask_lets(tmp_path, pairs, base):
+    before = os.umask(0o027)
+    try:
+        options = ("--lora_rank", 2, "--use_ema", "--cache_latents", "--checkpointing_steps", 1)
+        train(arguments(pairs, base, tmp_path / "model", "--max_train_steps", 1, *options))
+        IEditPipeline.from_pretrained(base).save_pretrained(tmp_path / "saved")
+        mini_run = runpy.run_path(str(SCRIPT.parent / "mini/common.py"))["Run"]
+        with mini_run.finished(SimpleNamespace(folder=tmp_path), "part") as folder:
+            save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    finally:
+        os.umask(before)
+    for folder, count in (("model", 9), ("saved", 3), ("part", 1)):
+        weights = [file for file in (tmp_path / folder).rglob("*") if file.suffix in (".safetensors", ".bin", ".pkl")]
+        assert len(weights) >= count
+        assert {file.name: oct(file.stat().st_mode & 0o777) for file in weights} == {f.name: "0o640" for f in weights}
+
+
+def test_stock_diffusers_opens_what_is_saved_without_a_word(plain):
+    code = f"import diffusers; diffusers.StableDiffusionImg2ImgPipeline.from_pretrained({str(plain)!r})"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "ignored" not in process.stderr
+    IEditPipeline.from_pretrained(plain)
+
+
+# The command
+
+
+def test_a_run_says_where_the_model_is_and_nothing_that_is_no_news(tmp_path, pairs, base):
+    argv = arguments(pairs, base, tmp_path / "model", "--max_train_steps", 1, "--loss", "ldm")
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    process = subprocess.run([sys.executable, SCRIPT, *argv], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert "torchvision" not in process.stderr
+    said = f"The model is in {tmp_path}/model. To edit with it: iedit edit PICTURE PROMPT --model {tmp_path}/model "
+    assert said in process.stderr.splitlines()[-1]
+
+
+def test_to_import_the_pipeline_says_nothing():
+    code = "import diffusers_iedit; diffusers_iedit.IEditPipeline"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stderr == ""
+
+
+def test_help_comes_before_the_libraries_and_shows_the_defaults_that_are_values():
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", SCRIPT, "--help"], capture_output=True, text=True, check=True
+    )
+    assert not re.search(r"\| +(torch|transformers|diffusers|datasets|accelerate)$", process.stderr, re.MULTILINE)
+    text = " ".join(process.stdout.split())
+    assert "(default: None)" not in text
+    assert "(default: False)" not in text
+    assert "--learning_rate LEARNING_RATE of Adam (default: 0.0002)" in text
+
+
+def test_the_choices_are_those_of_the_libraries():
+    assert set(LOSS_TERMS) == set(IEditLoss.NEEDS)
+    assert {kind.value for kind in SchedulerType} - set(LR_SCHEDULERS) == {"piecewise_constant"}
+
+
+def test_without_a_resolution_a_small_base_is_trained_at_its_own(tmp_path, pairs, caplog):
+    options = ("--max_train_steps", 1, "--loss", "ldm")
+    argv = arguments(pairs, "mini", tmp_path / "model", *options)
+    at = argv.index("--resolution")
+    del argv[at : at + 2]
+    train(argv)
+    assert json.loads((tmp_path / "model/training_args.json").read_text())["resolution"] == 64
+    with caplog.at_level("WARNING"):
+        train(arguments(pairs, "mini", tmp_path / "larger", *options, "--resolution", 128))
+    assert "`resolution` 128 is more than the 64 pixels that mini was made for." in caplog.text
+
+
+def test_mini_pairs_are_right_and_keep_what_is_held_out():
+    pairs = open_pairs("mini")
+    assert validate(pairs) == []
+    assert len(pairs) == 256
+    assert not set(pairs["source_caption"]) & set(mini.held_out_captions())
+    assert not set(pairs["edit_prompt"]) & set(mini.held_out_captions())
+    assert pairs._fingerprint == open_pairs("mini")._fingerprint
 
 
 # Which weights are trained
@@ -369,9 +496,9 @@ def test_lora_layers_of_the_input_and_middle_blocks_take_turns(tmp_path, pairs, 
 
 
 def test_a_full_training_removes_the_lora_of_an_earlier_one(tmp_path, pairs, base):
-    for options in (("--lora_rank", 2), ()):
+    for options in (("--lora_rank", 2), ("--overwrite_output_dir",)):
         train(arguments(pairs, base, tmp_path / "model", "--max_train_steps", 1, *options))
-        assert (tmp_path / "model/lora").exists() == bool(options)
+        assert (tmp_path / "model/lora").exists() == ("--lora_rank" in options)
 
 
 def test_with_ema_the_average_is_what_is_saved(tmp_path, pairs, base, plain):
@@ -568,6 +695,59 @@ def test_a_folder_with_checkpoints_is_gone_on_with_or_left_alone(tmp_path, pairs
     assert files_in(output_dir) == files_in(plain)
 
 
+def test_a_finished_model_is_not_replaced_untold(tmp_path, pairs, base, capsys):
+    output_dir = tmp_path / "model"
+    train(arguments(pairs, base, output_dir, "--max_train_steps", 1, "--loss", "ldm"))
+    before = files_in(output_dir)
+    for resume in ((), ("--resume_from_checkpoint", "latest")):
+        message = error(arguments(pairs, base, output_dir, "--seed", 1, *resume), capsys)
+        assert message.startswith(f"`output_dir` {output_dir} holds a finished model, and no checkpoint to go on from")
+        assert "--overwrite_output_dir" in message
+    assert files_in(output_dir) == before
+
+
+def test_a_run_that_is_told_to_begin_anew_leaves_nothing_of_the_one_before(tmp_path, pairs, base, plain):
+    output_dir = Path(shutil.copytree(plain, tmp_path / "model"))
+    for folder in ("images", "evaluation", "lora", "logs"):
+        (output_dir / folder).mkdir()
+    options = ("--max_train_steps", 2, "--checkpointing_steps", 2)
+    for folder in (output_dir, tmp_path / "new"):
+        train(arguments(pairs, base, folder, *options, "--overwrite_output_dir"))
+    assert files_in(output_dir).keys() == files_in(tmp_path / "new").keys()
+    assert changed(unet(output_dir), unet(tmp_path / "new")) == set()
+
+
+@pytest.mark.parametrize("way", ["itself", "relative", "with a slash", "a link", "a link to its folder"])
+@pytest.mark.parametrize("option", ["model", "clip_model", "loss_decoder"])
+def test_a_model_that_is_read_is_not_written_over(tmp_path, pairs, base, capsys, monkeypatch, way, option):
+    folder = Path(shutil.copytree(base, tmp_path / "models/base"))
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "models-link").symlink_to(folder.parent)
+    monkeypatch.chdir(folder.parent)
+    ways = ("itself", folder), ("relative", "base"), ("with a slash", f"{folder}/"), ("a link", tmp_path / "link")
+    output_dir = dict([*ways, ("a link to its folder", tmp_path / "models-link/base")])[way]
+    before = files_in(folder)
+    message = error(arguments(pairs, base, output_dir, f"--{option}", folder), capsys)
+    expected = f"`output_dir` {Path(output_dir)} is the folder of `{option}` {folder}, which it would overwrite"
+    assert message.startswith(expected)
+    assert files_in(folder) == before
+
+
+@pytest.mark.parametrize("model", ["mini", "mini-base"])
+def test_the_package_s_own_model_is_not_written_over(pairs, capsys, model):
+    message = error(arguments(pairs, model, mini.model_path()), capsys)
+    assert message.startswith(f"`output_dir` {mini.model_path()} is the folder of `model` {model}")
+
+
+@pytest.mark.parametrize("option", ["train_data", "validation_data", "evaluation_data"])
+@pytest.mark.parametrize("written", ["output_dir", "cache_dir"])
+def test_nothing_is_written_among_the_pairs(tmp_path, pairs, base, capsys, option, written):
+    data = Path(shutil.copytree(pairs, tmp_path / "data"))
+    argv = arguments(pairs, base, tmp_path / "model", f"--{option}", data, f"--{written}", data / "new")
+    assert error(argv, capsys).startswith(f"`{written}` {data}/new lies in `{option}` {data}")
+    assert files_in(data) == files_in(pairs)
+
+
 def test_a_checkpoint_of_another_configuration_names_every_difference(tmp_path, pairs, base, plain, capsys):
     output_dir = tmp_path / "model"
     shutil.copytree(plain, output_dir)
@@ -610,7 +790,8 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path,
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, pairs, base, capsys):
     (tmp_path / "model/checkpoint-9").mkdir(parents=True)
     message = error(arguments(pairs, base, tmp_path / "model", "--resume_from_checkpoint", "latest"), capsys)
-    assert message == f"`resume_from_checkpoint`: {tmp_path}/model/checkpoint-9 is no checkpoint of this script."
+    said = "has no state.json of this script; no other one is whole."
+    assert message == f"`resume_from_checkpoint`: {tmp_path}/model/checkpoint-9 {said}"
 
 
 def test_8_bit_adam_says_what_it_needs(tmp_path, pairs, base, capsys):
@@ -630,7 +811,7 @@ def test_a_token_that_is_refused_is_an_error_before_anything_is_loaded(tmp_path,
     assert last.startswith("train_iedit.py: error: model on the Hub cannot be written to with the token")
     assert "Traceback" not in process.stderr
     assert hub.repos["models"] == {}
-    assert list((tmp_path / "model").iterdir()) == []
+    assert [file.name for file in (tmp_path / "model").iterdir()] == [".lock"]
 
 
 def test_a_run_with_everything_pushes_the_model_alone_and_tells_nobody_the_token(tmp_path, pairs, base, hub):
@@ -643,7 +824,7 @@ def test_a_run_with_everything_pushes_the_model_alone_and_tells_nobody_the_token
     assert f"{hub.endpoint}/{USER}/model" in process.stderr
 
     local, pushed = files_in(output_dir), dict(hub.repos["models"][f"{USER}/model"].files())
-    of_the_run = ("checkpoint-", "cache/", "logs/", "losses.csv", "training_args.json")
+    of_the_run = ("checkpoint-", "cache/", "logs/", ".lock", "losses.csv", "training_args.json")
     assert all(any(path.startswith(name) for path in local) for name in of_the_run)
     assert pushed.keys() == {path for path in local if not path.startswith(of_the_run)}
     assert {"lora/pytorch_lora_weights.safetensors", "loss.png", "images/step-000002.png"} <= pushed.keys()

@@ -8,8 +8,10 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import time
+import zlib
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +19,8 @@ import numpy as np
 import pytest
 import small_pairs
 import torch
+from accelerate import PartialState
+from hub_server import files_in
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_pairs import (
@@ -37,8 +41,9 @@ from test_build_reliability import small_disk  # noqa: F401
 from test_train import base, changed, close, pairs, plain  # noqa: F401
 
 from diffusers_iedit import IEditPipeline
-from diffusers_iedit.finetuning.checkpoints import list_checkpoints
+from diffusers_iedit.finetuning.checkpoints import list_checkpoints, load_checkpoint
 from diffusers_iedit.finetuning.outputs import LossLog
+from diffusers_iedit.pairs.shards import lock_folder
 
 
 FINETUNING = "diffusers_iedit.finetuning"
@@ -66,9 +71,9 @@ def finish(process, timeout=120):
     return process.exitcode
 
 
-def all_complete(output_dir, plain):
+def all_complete(output_dir, plain, name="checkpoint-1"):
     """Whether each checkpoint has the files that belong to one, and all can be read."""
-    expected = {file.name for file in (plain / "checkpoint-1").iterdir()}
+    expected = {file.name for file in (plain / name).iterdir()}
     for checkpoint in list_checkpoints(output_dir):
         assert {file.name for file in checkpoint.iterdir()} == expected, checkpoint
         load_file(checkpoint / "trained.safetensors")
@@ -117,13 +122,19 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(
 
 
 def states(argv, output_dir, folder):
-    """Trains, and copies all files at each moment that changes them: what a kill would leave then."""
-    copies = []
+    """Trains, and copies the files before each change of them, what a kill would leave then; nothing twice."""
+    copies, seen, copying = [], [], False
 
     def copied(function):
         def first_copies(*args, **kwargs):
-            if output_dir.exists():
-                copies.append(Path(shutil.copytree(output_dir, folder / str(len(copies)) / "model")))
+            nonlocal copying
+            # To copy files is to make some too.
+            if output_dir.exists() and not copying:
+                copying = True
+                if (files := files_in(output_dir)) not in seen:
+                    seen.append(files)
+                    copies.append(Path(shutil.copytree(output_dir, folder / str(len(copies)) / "model")))
+                copying = False
             return function(*args, **kwargs)
 
         return first_copies
@@ -140,20 +151,23 @@ def states(argv, output_dir, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True])
-def test_a_training_that_was_killed_at_any_change_of_its_files_goes_on(tmp_path, pairs, base, plain, again):
+def test_a_training_that_was_killed_at_any_change_of_its_files_goes_on(tmp_path, pairs, base, again):
     output_dir = tmp_path / "model"
-    options = ("--checkpointing_steps", 2, "--checkpoints_total_limit", 1, "--num_validation_pairs", 1)
-    options += ("--validation_steps", 2, "--num_inference_steps", 2, *RESUME)
+    # The plainest loss, as this trains some forty times.
+    options = ("--loss", "ldm", "--checkpointing_steps", 2, "--num_validation_pairs", 1, "--num_inference_steps", 2)
+    undisturbed = tmp_path / "undisturbed"
+    train(arguments(pairs, base, undisturbed, *options))
+    options += ("--checkpoints_total_limit", 1, "--validation_steps", 2, "--resume_from_checkpoint")
     if again:
         # From an earlier checkpoint than the newest, which so is written a second time.
-        shutil.copytree(plain, output_dir)
-        options = (*options[:-1], "checkpoint-2")
-    copies = states(arguments(pairs, base, output_dir, *options), output_dir, tmp_path)
-    assert len(copies) > 40
+        shutil.copytree(undisturbed, output_dir)
+    chosen = "checkpoint-2" if again else "latest"
+    copies = states(arguments(pairs, base, output_dir, *options, chosen), output_dir, tmp_path)
+    assert len(copies) > 25
     for copy in copies:
-        assert all_complete(copy, plain)
-        train(arguments(pairs, base, copy, *options[:-1], "latest"))
-        assert same_end(copy, plain)
+        assert all_complete(copy, undisturbed, "checkpoint-2")
+        train(arguments(pairs, base, copy, *options, "latest"))
+        assert same_end(copy, undisturbed)
         shutil.rmtree(copy)
 
 
@@ -211,26 +225,31 @@ def test_latest_begins_anew_where_there_is_no_checkpoint(tmp_path, pairs, base, 
     assert same_end(tmp_path / "model", plain)
 
 
+def lines(file):
+    """How many whole lines a file has; while it is written to."""
+    return file.read_text().count("\n") if file.exists() else 0
+
+
 @pytest.mark.slow
 def test_a_training_that_is_killed_at_random_again_and_again_comes_to_the_same_weights(context, tmp_path):
     pairs, seed = write_pairs(tmp_path / "pairs", make_rows()), time.time_ns()
-    options = ("--max_train_steps", 30, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--use_ema")
+    options = ("--max_train_steps", 12, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--use_ema")
     options += ("--resolution", 64, "--cache_latents", "--random_flip", "--dataloader_num_workers", 2, *RESUME)
     options += ("--num_validation_pairs", 1, "--validation_steps", 4, "--num_inference_steps", 2)
     train(arguments(pairs, "mini", tmp_path / "undisturbed", *options))
 
-    rng, kills = random.Random(seed), 0
-    while not (tmp_path / "model/README.md").exists():
-        process = start(context, arguments(pairs, "mini", tmp_path / "model", *options), tmp_path / "log")
-        # A little longer each time, so that it comes to an end.
-        process.join(rng.uniform(2, 8 + kills))
-        if process.is_alive():
-            process.kill()
-            kills += 1
-        process.join()
-    assert kills > 2, f"seed {seed}"
-    train(arguments(pairs, "mini", tmp_path / "model", *options))
-    assert same_end(tmp_path / "model", tmp_path / "undisturbed"), f"seed {seed}"
+    rng, model = random.Random(seed), tmp_path / "model"
+    argv = arguments(pairs, "mini", model, *options)
+    # While it loads or caches, and at any moment of the steps after these.
+    for step in (0, 1, 4, 7):
+        process = start(context, argv, tmp_path / "log")
+        while step and process.is_alive() and lines(model / "losses.csv") <= step:
+            time.sleep(0.02)
+        process.join(rng.uniform(0, 1 if step else 4))
+        process.kill()
+        assert finish(process) == -signal.SIGKILL, f"seed {seed}"
+    train(argv)
+    assert same_end(model, tmp_path / "undisturbed"), f"seed {seed}"
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
@@ -267,6 +286,7 @@ def test_sigterm_saves_and_ends_well_and_the_training_goes_on(context, tmp_path,
     assert finish(start(context, argv, log, **signals, to_all=to_all)) == 0
     printed = log.read_text()
     (step,) = re.findall(r"Stopped by SIGTERM after step (\d);", printed)
+    assert not [line for line in re.split(r"[\r\n]", printed) if "Steps:" in line and "INFO" in line]
     assert "Traceback" not in printed
     assert "rror" not in printed
     assert [path.name for path in list_checkpoints(output_dir)] == [f"checkpoint-{step}"]
@@ -276,6 +296,94 @@ def test_sigterm_saves_and_ends_well_and_the_training_goes_on(context, tmp_path,
 
     train([*argv, *RESUME])
     assert same_end(output_dir, plain)
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        ("models.load_base", ()),
+        ("models.PairEncoder.__call__", ("--cache_latents",)),
+        # What the base makes of the pairs that are shown.
+        ("validation.Validation._edit", ("--num_validation_pairs", 1)),
+    ],
+)
+def test_sigterm_before_the_first_step_ends_it_at_once(context, tmp_path, pairs, base, function, options):
+    argv = arguments(pairs, base, tmp_path / "model", *options)
+    signals = {"function": f"{FINETUNING}.{function}", "number": 1, "signum": signal.SIGTERM}
+    assert finish(start(context, argv, tmp_path / "log", **signals)) == -signal.SIGTERM
+    assert not (tmp_path / "model/losses.csv").exists()
+
+
+def test_sigterm_in_a_grid_saves_and_leaves_no_half_grid(context, tmp_path, pairs, base):
+    options = ("--num_validation_pairs", 1, "--num_inference_steps", 50, "--validation_steps", 2)
+    argv = arguments(pairs, base, tmp_path / "model", *options)
+    # The first edit is the base's.
+    signals = {"function": f"{FINETUNING}.validation.Validation._edit", "number": 2, "signum": signal.SIGTERM}
+    assert finish(start(context, argv, tmp_path / "log", **signals)) == 0
+    assert "Stopped by SIGTERM after step 2;" in (tmp_path / "log").read_text()
+    assert [path.name for path in list_checkpoints(tmp_path / "model")] == ["checkpoint-2"]
+    assert not (tmp_path / "model/images").exists()
+
+
+@pytest.mark.parametrize(
+    "function", [f"{FINETUNING}.outputs.save_pipeline", "diffusers_iedit.evaluation.runner._work_off"]
+)
+def test_sigterm_after_the_last_step_leaves_the_model_and_says_what_is_left(context, tmp_path, pairs, base, function):
+    output_dir, log = tmp_path / "model", tmp_path / "log"
+    options = ("--evaluation_data", pairs, "--num_evaluation_examples", 1, "--num_inference_steps", 2)
+    argv = arguments(pairs, base, output_dir, "--max_train_steps", 1, *options)
+    signals = {"function": function, "number": 1, "signum": signal.SIGTERM}
+    assert finish(start(context, argv, log, **signals)) == 0
+    whole = f"Stopped by SIGTERM. The model in {output_dir} is whole. What is left: iedit evaluate --data {pairs} "
+    assert whole in log.read_text()
+    assert (output_dir / "README.md").exists()
+    assert not (output_dir / "evaluation/step-000001/results.json").exists()
+    IEditPipeline.from_pretrained(output_dir)
+
+
+def too_large():
+    """The head of a PNG of 14000 x 14000 pixels, more than Pillow is ready to open."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", 14000, 14000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 1000) + b"IDAT"
+
+
+def test_any_error_while_a_pair_is_read_ends_the_command_with_its_row(context, tmp_path, base):
+    rows = make_rows()
+    rows[10]["source_image"] = {"bytes": too_large(), "path": None}
+    argv = arguments(write_pairs(tmp_path / "pairs", rows), base, tmp_path / "model", "--max_train_steps", 6)
+    argv += ["--loss", "ldm", "--dataloader_num_workers", "2"]
+    assert finish(start(context, argv, tmp_path / "log")) == 1
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert re.match(r"train_iedit\.py: error: Row 10 of the pairs\b.*196000000 pixels", last)
+
+
+class Faulty(torch.utils.data.Dataset):
+    """Raises an error when its only element is asked for."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (KeyError("edit_prompt"), "KeyError: 'edit_prompt'"),
+        (ValueError("first line\nsecond line: more"), "first line\nsecond line: more"),
+        (Image.DecompressionBombError("too large"), "PIL.Image.DecompressionBombError: too large"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "UnicodeDecodeError: 'utf-8' codec can't decode .*"),
+    ],
+)
+def test_an_error_of_a_process_that_reads_is_told_without_its_traceback(raised, said):
+    with pytest.raises(Exception) as error:  # noqa: PT011
+        next(iter(torch.utils.data.DataLoader(Faulty(raised), num_workers=1)))
+    assert re.fullmatch(said, small_pairs.train_iedit.describe(error.value))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -292,6 +400,69 @@ def test_an_error_ends_the_command_at_once_with_one_line(context, tmp_path, base
         "train_iedit.py: error: Row 10 of the pairs: `source_mask` is black: it marks nothing to edit.\n"
     )
     assert "Traceback" not in printed
+
+
+# Two at once
+
+
+def test_a_second_training_in_a_folder_is_refused_and_changes_nothing(tmp_path, pairs, base, plain):
+    output_dir = Path(shutil.copytree(plain, tmp_path / "model"))
+    before = files_in(output_dir)
+    with lock_folder(output_dir, "training"), pytest.raises(SystemExit) as end:
+        command(arguments(pairs, base, output_dir, *RESUME))
+    assert end.value.code == (
+        f"train_iedit.py: error: Another training is at work on {output_dir}: wait for it, or choose another folder."
+    )
+    assert files_in(output_dir) == before
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_second_training_both_end(context, tmp_path, pairs, base):
+    (tmp_path / "model").mkdir()
+    with lock_folder(tmp_path / "model", "training"):
+        assert launch(context, arguments(pairs, base, tmp_path / "model"), tmp_path / "log") == [1, 1]
+    printed = (tmp_path / "log").read_text()
+    assert printed.count("Another training is at work on") == 1
+    assert "Traceback" not in printed
+
+
+# Damaged checkpoints
+
+
+@pytest.mark.parametrize(
+    "name", ["trained.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "state.json"]
+)
+def test_a_damaged_checkpoint_is_named_with_the_newest_whole_one(tmp_path, plain, name):
+    output_dir = Path(shutil.copytree(plain, tmp_path / "model"))
+    assert (output_dir / "checkpoint-4" / name).exists()
+    for damage in ("halved", "emptied", "changed", "removed"):
+        for step in (3, 4):
+            file = output_dir / f"checkpoint-{step}" / name
+            content = (plain / f"checkpoint-{step}" / name).read_bytes()
+            middle = len(content) // 2
+            changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            file.unlink(missing_ok=True)
+            if damage != "removed":
+                file.write_bytes({"halved": content[:middle], "emptied": b"", "changed": changed}[damage])
+        if (name, damage) == ("state.json", "changed"):
+            continue
+        with pytest.raises(ValueError, match=r"^`resume_from_checkpoint`") as error:
+            load_checkpoint(PartialState(), output_dir / "checkpoint-4", {})
+        assert re.fullmatch(
+            rf"`resume_from_checkpoint`: \S+/checkpoint-4 (is damaged: |lacks |has no ){name} ?.*;"
+            r" the newest whole one is checkpoint-2: --resume_from_checkpoint checkpoint-2\.",
+            str(error.value),
+        )
+
+
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_that_is_named(tmp_path, pairs, base, plain):
+    output_dir = Path(shutil.copytree(plain, tmp_path / "model"))
+    (output_dir / "checkpoint-4/random_states_0.pkl").write_bytes(b"")
+    with pytest.raises(SystemExit) as end:
+        command(arguments(pairs, base, output_dir, *RESUME))
+    (option, name) = re.search(r": (--\w+) (checkpoint-\d)\.$", end.value.code).groups()
+    train(arguments(pairs, base, output_dir, option, name))
+    assert same_end(output_dir, plain)
 
 
 # No numbers any more
@@ -391,7 +562,9 @@ def test_a_full_disk_at_the_end_leaves_the_checkpoints_whole_and_no_half_model(
         command(argv)
     assert end.value.code.startswith(f"train_iedit.py: error: The pipeline could not be written to {output_dir}")
     assert all_complete(output_dir, plain)
-    assert sorted(path.name for path in output_dir.iterdir()) == ["checkpoint-4", "losses.csv", "training_args.json"]
+    assert sorted(path.name for path in output_dir.iterdir()) == [
+        *(".lock", "checkpoint-4", "losses.csv", "training_args.json")
+    ]
 
     resize(small_disk, 4 * size_of(plain))
     train([*argv, *RESUME])

@@ -5,13 +5,24 @@
 The defaults are the paper's. Stopped at any moment, `--resume_from_checkpoint latest` goes on where it was.
 """
 
+import sys
+
+from diffusers_iedit.finetuning.options import TRAIN_BLOCKS, parse_args
+
+
+if __name__ == "__main__":
+    # What --help and a wrong option get is not to wait for the imports below, which take seconds.
+    args = parse_args()
+
 import argparse
 import json
 import logging
 import multiprocessing
+import re
+import shlex
 import shutil
 import signal
-import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -23,16 +34,25 @@ from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from datasets.fingerprint import Hasher
 from diffusers import DDPMScheduler
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from diffusers_iedit.finetuning.checkpoints import list_checkpoints, load_checkpoint, register_hooks, save_checkpoint
-from diffusers_iedit.finetuning.data import CachedPairStream, PairStream, cache_pairs, draw_noise
-from diffusers_iedit.finetuning.hub import check_hub, check_license, push_folder, write_model_card
+from diffusers_iedit.finetuning.checkpoints import (
+    choose_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    register_hooks,
+    remove_later,
+    remove_leftovers,
+    remove_run,
+    save_checkpoint,
+)
+from diffusers_iedit.finetuning.data import CachedPairStream, PairStream, cache_pairs, draw_noise, open_pairs
+from diffusers_iedit.finetuning.hub import COMMAND, check_hub, check_license, push_folder, write_model_card
 from diffusers_iedit.finetuning.models import (
-    TRAIN_BLOCKS,
     PairEncoder,
     add_lora,
     batch_loss,
@@ -40,201 +60,36 @@ from diffusers_iedit.finetuning.models import (
     load_clip,
     load_decoder,
     load_features,
+    native_resolution,
     parameter_groups,
 )
-from diffusers_iedit.finetuning.outputs import LossLog, save_lora, save_pipeline
+from diffusers_iedit.finetuning.options import FREE_OPTIONS
+from diffusers_iedit.finetuning.outputs import LossLog, check_folders, save_lora, save_pipeline
 from diffusers_iedit.finetuning.validation import Validation
 from diffusers_iedit.losses import CLIPImageEmbedder, IEditLoss, LatentDecoder
-from diffusers_iedit.pairs import load_pairs
+from diffusers_iedit.pairs.shards import lock_folder
 
 
 logger = get_logger(__name__)
 
 MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 
-PRESETS = {
-    # Sec. 4.1. What the paper does not name is off, or as in diffusers' own scripts.
-    "paper": {},
-    # What keeps the background and still edits better than the base does, measured with the mini models.
-    "tuned": {
-        "train_blocks": "all",
-        "caption_dropout": 0.1,
-        "background_weight": 3.0,
-        "overlap_masks": True,
-        "min_edit_timestep": 100,
-        "snr_gamma": 1.0,
-        "lr_scheduler": "cosine",
-    },
-}
+PAPER_RESOLUTION = 384
 
-# What may differ between a checkpoint and the run that goes on from it: nothing of this changes the weights.
-FREE_OPTIONS = {
-    "output_dir",
-    "max_train_steps",
-    "cache_latents",
-    "cache_dir",
-    "dataloader_num_workers",
-    "gradient_checkpointing",
-    "enable_xformers_memory_efficient_attention",
-    "allow_tf32",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "resume_from_checkpoint",
-    "validation_data",
-    "validation_steps",
-    "num_validation_pairs",
-    "strength",
-    "guidance_scale",
-    "num_inference_steps",
-    "evaluation_data",
-    "num_evaluation_examples",
-    "report_to",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_private",
-    "license",
-}
+MINI_NETWORKS = dict.fromkeys(("clip", "fid", "lpips", "dino"), "mini")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument(
-        "--preset", default="paper", choices=PRESETS, help="other defaults for some of the options: see the guide"
-    )
-    group = parser.add_argument_group("models")
-    group.add_argument(
-        "--model",
-        default="CompVis/stable-diffusion-v1-4",
-        help="the base, a Stable Diffusion 1.x or 2.x: a Hub id, a folder, or mini",
-    )
-    group.add_argument(
-        "--clip_model", help="CLIP of the losses loc and global; openai/clip-vit-large-patch14, for mini the mini one"
-    )
-    group.add_argument(
-        "--perceptual_model", help="VGG-16 of the loss perc; timm/vgg16.tv_in1k by default, for mini the mini one"
-    )
-    group.add_argument(
-        "--loss_decoder",
-        help="an AutoencoderTiny (madebyollin/taesd, or mini) that decodes for the losses on images instead of the"
-        " VAE, whose decoder costs more than the UNet",
-    )
-    group = parser.add_argument_group("data")
-    group.add_argument("--train_data", required=True, help="pairs from build_dataset.py: a folder or a Hub id")
-    group.add_argument("--train_split", default="train", help="split of the pairs")
-    group.add_argument("--resolution", type=int, default=384, help="height and width of the training pictures")
-    group.add_argument("--random_crop", action="store_true", help="crop a pair anywhere instead of in the centre")
-    group.add_argument("--random_flip", action="store_true", help="mirror half of the pairs")
-    group.add_argument(
-        "--cache_latents", action="store_true", help="encode the pairs once, before the first step, not in each step"
-    )
-    group.add_argument(
-        "--cache_dir", type=Path, help="where to, for several runs to share; OUTPUT_DIR/cache by default"
-    )
-    group.add_argument("--dataloader_num_workers", type=int, default=2, help="processes that read pairs; 0 for none")
-    group = parser.add_argument_group("objective")
-    group.add_argument(
-        "--loss",
-        default="loc+global+mask+perc",
-        help="the terms of Eq. 12, joined by +, of loc, global, mask, perc, paired and ldm; the rows of Table 2 are"
-        " global+paired, global+ldm+loc, global+ldm+loc+perc and the default",
-    )
-    group.add_argument(
-        "--lambda_perc", type=float, default=0.1, help="weight of perc; the paper does not give its own"
-    )
-    group.add_argument(
-        "--caption_dropout",
-        type=float,
-        default=0.0,
-        help="share of samples with an empty prompt, trained by Eq. 1, so that guidance has something to start from;"
-        " the paper names none",
-    )
-    group.add_argument("--snr_gamma", type=float, help="Min-SNR weights for the losses on the noise; 5 is customary")
-    group.add_argument("--background_weight", type=float, default=1.0, help="of the background in mask (Eq. 9)")
-    group.add_argument(
-        "--overlap_masks", action="store_true", help="in mask, edit only where the masks of source and target overlap"
-    )
-    group.add_argument(
-        "--min_edit_timestep",
-        type=int,
-        default=0,
-        help="below this timestep, train on the source and its own caption by Eq. 1: z_t then leaves nothing to edit",
-    )
-    group = parser.add_argument_group("optimisation")
-    group.add_argument(
-        "--train_blocks",
-        default="alternate",
-        choices=TRAIN_BLOCKS,
-        help="what of the UNet is trained; alternate: input and middle blocks in turn",
-    )
-    group.add_argument("--lora_rank", type=int, help="train LoRA layers of this rank in those blocks instead")
-    group.add_argument("--max_train_steps", type=int, default=10_000, help="optimiser steps")
-    group.add_argument("--train_batch_size", type=int, default=1, help="pairs a step, process and accumulation")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    group.add_argument("--learning_rate", type=float, default=2e-4)
-    group.add_argument("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType])
-    group.add_argument("--lr_warmup_steps", type=int, default=0)
-    group.add_argument("--adam_beta1", type=float, default=0.9)
-    group.add_argument("--adam_beta2", type=float, default=0.999)
-    group.add_argument("--adam_weight_decay", type=float, default=1e-2)
-    group.add_argument("--adam_epsilon", type=float, default=1e-8)
-    group.add_argument("--use_8bit_adam", action="store_true", help="Adam of bitsandbytes")
-    group.add_argument("--max_grad_norm", type=float, default=1.0)
-    group.add_argument("--use_ema", action="store_true", help="keep the average of the weights, and save that")
-    group.add_argument("--ema_decay", type=float, default=0.9999, help="of the average, after a warm-up")
-    group.add_argument("--seed", type=int, default=0, help="of everything random")
-    group = parser.add_argument_group("speed and memory")
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="by default accelerate's own setting")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory for more time")
-    group.add_argument("--enable_xformers_memory_efficient_attention", action="store_true", help="instead of SDPA")
-    group.add_argument("--allow_tf32", action="store_true", help="faster float32 on Ampere and newer GPUs")
-    group = parser.add_argument_group("checkpoints, validation and reports")
-    group.add_argument("--output_dir", type=Path, required=True, help="the model's folder; checkpoints come there too")
-    group.add_argument("--checkpointing_steps", type=int, default=500)
-    group.add_argument("--checkpoints_total_limit", type=int, help="keep so many, the newest")
-    group.add_argument("--resume_from_checkpoint", help="latest, or the name of a folder in OUTPUT_DIR")
-    group.add_argument("--validation_data", help="pairs to show; the first of the training pairs by default")
-    group.add_argument("--validation_steps", type=int, default=500)
-    group.add_argument("--num_validation_pairs", type=int, default=4, help="0 for no validation")
-    group.add_argument("--strength", type=float, default=0.7, help="of the edits that are shown, as the next two")
-    group.add_argument("--guidance_scale", type=float, default=7.5)
-    group.add_argument("--num_inference_steps", "--steps", type=int, default=50)
-    group.add_argument(
-        "--evaluation_data",
-        help="at the end, edit these examples by SDEdit, iEdit and iEdit-M, into OUTPUT_DIR/evaluation, for the card's"
-        " table: what `iedit evaluate --data` takes",
-    )
-    group.add_argument("--num_evaluation_examples", type=int, default=50, help="of each group; the first")
-    group.add_argument("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "none"])
-    group = parser.add_argument_group("Hub", "the token is HF_TOKEN, or what `hf auth login` stored")
-    group.add_argument("--push_to_hub", action="store_true", help="upload the model with its card")
-    group.add_argument("--hub_model_id", help="by default the output folder's name")
-    group.add_argument("--hub_private", action="store_true", help="make a new repository private")
-    group.add_argument("--license", help="licence of the result, in the Hub's names; it has to suit the base's")
-    preset, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS[preset.preset])
-    args = parser.parse_args(argv)
+# Errors that say in words what is wrong, so that their kind need not be named.
+EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, RuntimeError)
 
-    mini = args.model in ("mini", "mini-base")
-    args.clip_model = args.clip_model or ("mini" if mini else "openai/clip-vit-large-patch14")
-    args.perceptual_model = args.perceptual_model or ("mini" if mini else "timm/vgg16.tv_in1k")
-    positive = (
-        "max_train_steps train_batch_size gradient_accumulation_steps resolution lora_rank checkpointing_steps "
-        "checkpoints_total_limit validation_steps"
-    )
-    for name in positive.split():
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} has to be 1 or more, got {getattr(args, name)}.")
-    if not 0 <= args.caption_dropout <= 1:
-        parser.error(f"--caption_dropout has to be between 0 and 1, got {args.caption_dropout}.")
-    terms = args.loss.split("+")
-    if not set(terms) <= set(IEditLoss.NEEDS) or len(set(terms)) < len(terms):
-        known = ", ".join(IEditLoss.NEEDS)
-        parser.error(f"--loss has to be some of {known}, each once, joined by +, got {args.loss!r}.")
-    if args.lambda_perc < 0:
-        parser.error(f"--lambda_perc has to be 0 or more, got {args.lambda_perc}.")
-    if args.random_crop and args.cache_latents:
-        parser.error("--random_crop and --cache_latents exclude each other: there is no end of crops to cache.")
-    return args
+
+class Terminated(BaseException):
+    """SIGTERM, where it ends the work at once."""
+
+
+def terminate(*_) -> None:
+    """A handler of signals."""
+    raise Terminated
 
 
 def leave_sigterm(_: int) -> None:
@@ -252,6 +107,19 @@ def not_finite(step: int, rows: list[int], names: tuple[str, ...], values: list[
     return "\n".join([first, *lines])
 
 
+def check_evaluation(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Says now, and not after the training, what is missing for `evaluation_data` and which of its rows are bad."""
+    try:
+        from diffusers_iedit.evaluation import runner
+    except ImportError as error:
+        raise ImportError(f'`evaluation_data`: {error}: pip install "diffusers-iedit[eval]"') from error
+    examples = runner.load_examples(args.evaluation_data)
+    if accelerator.is_main_process:
+        # To read an example is to check it; the evaluation reads all of them too.
+        for _ in tqdm(examples, desc="Checking the evaluation's examples", leave=False):
+            pass
+
+
 def evaluate_model(args: argparse.Namespace) -> tuple[list[dict[str, str]], str]:
     """The card's table, of what the base and the model make of the examples, and a note to it."""
     from diffusers_iedit.evaluation.methods import Settings
@@ -265,7 +133,7 @@ def evaluate_model(args: argparse.Namespace) -> tuple[list[dict[str, str]], str]
         args.output_dir / "evaluation" / f"step-{args.max_train_steps:06}",
         Settings(model=str(args.output_dir), base_model=args.model, **settings),
         num_examples=args.num_evaluation_examples,
-        networks=dict.fromkeys(("clip", "fid", "lpips", "dino"), "mini") if args.clip_model == "mini" else None,
+        networks=MINI_NETWORKS if args.clip_model == "mini" else None,
         seed=args.seed,
     )
     if not results:
@@ -285,7 +153,12 @@ def evaluate_model(args: argparse.Namespace) -> tuple[list[dict[str, str]], str]
 
 
 def write_card(
-    args: argparse.Namespace, hub_model_id: str | None, loss_log: LossLog, total_batch_size: int, evaluation: tuple
+    args: argparse.Namespace,
+    hub_model_id: str | None,
+    loss_log: LossLog,
+    total_batch_size: int,
+    evaluation: list[dict[str, str]] = [],
+    evaluation_note: str = "",
 ) -> None:
     """Fills model_card.md from the run."""
     last = loss_log.read()[-100:]
@@ -306,33 +179,64 @@ def write_card(
         settings=settings,
         losses=losses,
         loss_plot="loss.png",
-        evaluation=evaluation[0],
-        evaluation_note=evaluation[1],
+        evaluation=evaluation,
+        evaluation_note=evaluation_note,
         pictures=[grid] if (args.output_dir / grid).exists() else [],
         license=args.license,
         lora=args.lora_rank is not None,
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    output_dir, terms = args.output_dir, tuple(args.loss.split("+"))
+def evaluation_command(args: argparse.Namespace) -> str:
+    """What evaluates the finished model as the training would have."""
+    options = {
+        "data": args.evaluation_data,
+        "model": args.output_dir,
+        "base-model": args.model,
+        "methods": "sdedit,iedit,iedit-m",
+        "output-dir": args.output_dir / "evaluation" / f"step-{args.max_train_steps:06}",
+        "strength": args.strength,
+        "guidance-scale": args.guidance_scale,
+        "steps": args.num_inference_steps,
+        "num-examples": args.num_evaluation_examples,
+        "seed": args.seed,
+    }
+    if args.clip_model == "mini":
+        options["networks"] = ",".join(f"{part}={name}" for part, name in MINI_NETWORKS.items())
+    return shlex.join(
+        ["iedit", "evaluate", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+    )
+
+
+def what_is_left(args: argparse.Namespace, hub_model_id: str | None) -> str:
+    """The commands for what comes after the model is saved."""
+    left = [evaluation_command(args)] if args.evaluation_data else []
+    if args.push_to_hub:
+        left.append(shlex.join([*COMMAND.split(), str(args.output_dir), hub_model_id or args.output_dir.name]))
+    return f" What is left: {'; '.join(left)}" if left else ""
+
+
+def main(args: argparse.Namespace) -> None:
     check_license(args.license)
+    check_folders(args)
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"`output_dir` has to be a folder that can be written to, got {output_dir}: {error}"
+            f"`output_dir` has to be a folder that can be written to, got {args.output_dir}: {error}"
         ) from error
 
-    # Of blocks that take turns, some are unused in every step.
-    in_turns = len(TRAIN_BLOCKS[args.train_blocks]) > 1
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=in_turns)],
+        project_config=ProjectConfiguration(
+            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
+        ),
+        # Of blocks that take turns, some are unused in every step.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=len(TRAIN_BLOCKS[args.train_blocks]) > 1)
+        ],
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("`mixed_precision` fp16 needs a GPU, and there is none; a CPU takes bf16 or no.")
@@ -344,13 +248,24 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if args.report_to != "none" and not accelerator.log_with:
         raise ImportError(f"`report_to` {args.report_to} needs it: pip install {args.report_to}, or --report_to none")
-    if args.evaluation_data:
-        # What is missing is said now, not after the training.
+    lock = lock_folder(args.output_dir, "training") if accelerator.is_main_process else nullcontext()
+    with lock, logging_redirect_tqdm():
         try:
-            from diffusers_iedit.evaluation import runner
-        except ImportError as error:
-            raise ImportError(f'`evaluation_data`: {error}: pip install "diffusers-iedit[eval]"') from error
-        runner.load_examples(args.evaluation_data)
+            accelerator.wait_for_everyone()
+        except RuntimeError:
+            # The main process has ended, and has said why.
+            sys.exit(1)
+        train(args, accelerator)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """The training, in a folder that is locked for it."""
+    output_dir, terms = args.output_dir, tuple(args.loss.split("+"))
+    checkpoint = choose_checkpoint(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
+    if accelerator.is_main_process:
+        remove_leftovers(output_dir)
+    if args.evaluation_data:
+        check_evaluation(args, accelerator)
     hub_model_id = None
     if args.push_to_hub and accelerator.is_main_process:
         hub_model_id = check_hub(args.hub_model_id or output_dir.resolve().name, private=args.hub_private or None)
@@ -360,6 +275,13 @@ def main(argv: list[str] | None = None) -> None:
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     pipe = load_base(args.model)
     unet, vae, text_encoder = pipe.unet, pipe.vae, pipe.text_encoder
+    native = native_resolution(pipe)
+    if args.resolution is None:
+        args.resolution = min(native, PAPER_RESOLUTION)
+    elif args.resolution > native:
+        logger.warning(
+            f"`resolution` {args.resolution} is more than the {native} pixels that {args.model} was made for."
+        )
     if args.resolution % pipe.vae_scale_factor:
         raise ValueError(
             f"`resolution` has to be a multiple of {pipe.vae_scale_factor}, since the VAE of {args.model} makes one"
@@ -411,8 +333,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3. The data: a stream of samples, each drawn from its position in the stream.
     with accelerator.main_process_first():
-        pairs = load_pairs(args.train_data, args.train_split, tokenizer=pipe.tokenizer)
-        shown = load_pairs(args.validation_data) if args.validation_data else pairs
+        pairs = open_pairs(args.train_data, args.train_split, pipe.tokenizer)
+        shown = open_pairs(args.validation_data) if args.validation_data else pairs
     shown = shown.select(range(min(args.num_validation_pairs, len(shown))))
     augmentation = (args.random_crop, args.random_flip, args.caption_dropout)
     stream = PairStream(pairs, args.resolution, *augmentation, args.seed, pipe.tokenizer)
@@ -446,7 +368,14 @@ def main(argv: list[str] | None = None) -> None:
         num_training_steps=args.max_train_steps * accelerator.num_processes,
     )
     settings = {name: getattr(args, name) for name in ("strength", "guidance_scale", "num_inference_steps")}
-    validation = Validation(accelerator, pipe, shown, args.resolution, args.seed, **settings) if len(shown) else None
+    terminated = []
+    validation = None
+    if len(shown):
+        # Under FSDP every process has to take part in every forward pass.
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        validation = Validation(
+            accelerator, pipe, shown, args.resolution, args.seed, lambda: bool(terminated) and not sharded, **settings
+        )
     unet.train()
     wrapped, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -467,22 +396,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         config["max_train_steps"] = args.max_train_steps
     first_step = 0
-    checkpoints = {path.name: path for path in list_checkpoints(output_dir)}
-    chosen = args.resume_from_checkpoint
-    if checkpoints and not chosen:
-        raise ValueError(
-            f"`output_dir` {output_dir} holds checkpoints of an earlier run: go on from them with"
-            " --resume_from_checkpoint latest, or take another folder."
-        )
-    if chosen:
-        if chosen != "latest" and chosen not in checkpoints:
-            found = ", ".join(checkpoints) or "none"
-            raise ValueError(f"`resume_from_checkpoint`: {output_dir} has no {chosen}; its checkpoints: {found}.")
-        if checkpoints:
-            checkpoint = list(checkpoints.values())[-1] if chosen == "latest" else checkpoints[chosen]
-            first_step = load_checkpoint(accelerator, checkpoint, config)
-            logger.info(f"Going on from {checkpoint}.")
+    if checkpoint is not None:
+        first_step = load_checkpoint(accelerator, checkpoint, config)
+        logger.info(f"Going on from {checkpoint}.")
     if accelerator.is_main_process:
+        if checkpoint is not None:
+            remove_later(checkpoint)
+        elif args.overwrite_output_dir:
+            remove_run(output_dir)
         loss_log = LossLog(output_dir / "losses.csv", ["step", "loss", *terms, "learning_rate"], first_step)
         (output_dir / "training_args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
     accelerator.init_trackers("iedit", config={name: str(value) for name, value in vars(args).items()})
@@ -498,127 +419,172 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # 6. The training. That it was told to stop, or that a loss is no number, all processes learn together.
-    terminated = []
+    def show(step: int) -> bool:
+        """Saves and reports a grid, of the averaged weights if there are any; False if SIGTERM came meanwhile."""
+        if ema is not None:
+            ema.store(trainable.values())
+            ema.copy_to(trainable.values())
+        grid = validation.save(output_dir / "images" / f"step-{step:06}.png")
+        if ema is not None:
+            ema.restore(trainable.values())
+        if grid is None:
+            return False
+        for tracker in accelerator.trackers:
+            tensorboard = tracker.name == "tensorboard"
+            images = np.asarray(grid)[None] if tensorboard else [grid]
+            tracker.log_images({"validation": images}, step, **({"dataformats": "NHWC"} if tensorboard else {}))
+        return True
+
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
     step, micro_batches, stopped = first_step, [], False
-    progress = tqdm(
+    with tqdm(
         total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
-    )
-    for batch in dataloader:
-        if in_turns:
-            turn = groups[step % len(groups)]
-            for name, parameter in trainable.items():
-                parameter.requires_grad_(name in turn)
-        with accelerator.accumulate(wrapped):
-            encoded = batch if args.cache_latents else encoder(batch)
-            shape = encoded["source_latents"].shape[1:]
-            timesteps, noise = draw_noise(batch["noise_seed"], shape, criterion.num_train_timesteps)
-            with accelerator.autocast():
-                loss, losses = batch_loss(
-                    wrapped,
-                    criterion,
-                    scheduler,
-                    encoded,
-                    timesteps,
-                    noise,
-                    empty_states,
-                    batch["drop_caption"],
-                    args.snr_gamma,
-                    args.min_edit_timestep,
-                )
-            seen = [loss, *(losses[term] for term in terms), torch.full_like(loss, bool(terminated))]
-            seen = accelerator.gather(torch.stack(seen, 1).detach())
-            micro_batches.append(seen)
-            finite = seen.isfinite().all()
-            if finite:
-                accelerator.backward(loss.mean())
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(trainable.values(), args.max_grad_norm)
-                    # The scaler of fp16 leaves such steps out by itself, and tries a smaller scale.
-                    finite = accelerator.scaler is not None or norm.isfinite()
-            if not finite:
-                rows = accelerator.gather(batch["row"].to(seen.device)).tolist()
-                raise FloatingPointError(not_finite(step + 1, rows, ("loss", *terms), seen.tolist()))
-            optimizer.step()
-            lr_scheduler.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
+    ) as progress:
+        for batch in dataloader:
+            if len(groups) > 1:
+                turn = groups[step % len(groups)]
+                for name, parameter in trainable.items():
+                    parameter.requires_grad_(name in turn)
+            with accelerator.accumulate(wrapped):
+                encoded = batch if args.cache_latents else encoder(batch)
+                shape = encoded["source_latents"].shape[1:]
+                timesteps, noise = draw_noise(batch["noise_seed"], shape, criterion.num_train_timesteps)
+                with accelerator.autocast():
+                    loss, losses = batch_loss(
+                        wrapped,
+                        criterion,
+                        scheduler,
+                        encoded,
+                        timesteps,
+                        noise,
+                        empty_states,
+                        batch["drop_caption"],
+                        args.snr_gamma,
+                        args.min_edit_timestep,
+                    )
+                seen = [loss, *(losses[term] for term in terms), torch.full_like(loss, bool(terminated))]
+                seen = accelerator.gather(torch.stack(seen, 1).detach())
+                micro_batches.append(seen)
+                finite = seen.isfinite().all()
+                if finite:
+                    accelerator.backward(loss.mean())
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(trainable.values(), args.max_grad_norm)
+                        # The scaler of fp16 leaves such steps out by itself, and tries a smaller scale.
+                        finite = accelerator.scaler is not None or norm.isfinite()
+                if not finite:
+                    rows = accelerator.gather(batch["row"].to(seen.device)).tolist()
+                    raise FloatingPointError(not_finite(step + 1, rows, ("loss", *terms), seen.tolist()))
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
 
-        step += 1
-        if ema is not None:
-            for parameter in trainable.values():
-                # EMAModel does not average what needs no gradient, and that are those whose turn it is not.
-                parameter.requires_grad_(True)
-            ema.step(trainable.values())
-        *means, stopped = torch.cat(micro_batches).mean(0).tolist()
-        micro_batches = []
-        means = dict(zip(("loss", *terms), means, strict=True))
-        learning_rate = lr_scheduler.get_last_lr()[0]
-        if accelerator.is_main_process:
-            loss_log.write({"step": step, **means, "learning_rate": learning_rate})
-        curves = {name if name == "loss" else f"loss/{name}": value for name, value in means.items()}
-        accelerator.log(curves | {"learning_rate": learning_rate}, step)
-        progress.update()
-        progress.set_postfix(loss=f"{means['loss']:.4g}")
+            step += 1
+            if ema is not None:
+                for parameter in trainable.values():
+                    # EMAModel does not average what needs no gradient, and that are those whose turn it is not.
+                    parameter.requires_grad_(True)
+                ema.step(trainable.values())
+            *means, stopped = torch.cat(micro_batches).mean(0).tolist()
+            micro_batches = []
+            means = dict(zip(("loss", *terms), means, strict=True))
+            learning_rate = lr_scheduler.get_last_lr()[0]
+            if accelerator.is_main_process:
+                loss_log.write({"step": step, **means, "learning_rate": learning_rate})
+            curves = {name if name == "loss" else f"loss/{name}": value for name, value in means.items()}
+            accelerator.log(curves | {"learning_rate": learning_rate}, step)
+            progress.update()
+            progress.set_postfix(loss=f"{means['loss']:.4g}")
 
-        if stopped or step % args.checkpointing_steps == 0:
-            save_checkpoint(accelerator, output_dir, step, config, args.checkpoints_total_limit)
-        if stopped:
-            logger.info(f"Stopped by SIGTERM after step {step}; --resume_from_checkpoint latest goes on.")
-            break
-        if validation and (step % args.validation_steps == 0 or step == args.max_train_steps):
-            if ema is not None:
-                ema.store(trainable.values())
-                ema.copy_to(trainable.values())
-            grid = validation.save(output_dir / "images" / f"step-{step:06}.png")
-            if ema is not None:
-                ema.restore(trainable.values())
-            for tracker in accelerator.trackers:
-                tensorboard = tracker.name == "tensorboard"
-                images = np.asarray(grid)[None] if tensorboard else [grid]
-                tracker.log_images({"validation": images}, step, **({"dataformats": "NHWC"} if tensorboard else {}))
-    progress.close()
+            saved = stopped or step % args.checkpointing_steps == 0
+            if saved:
+                save_checkpoint(accelerator, output_dir, step, config, args.checkpoints_total_limit)
+            # The last grid comes after the last step, whether this run took it or only goes on from there.
+            if validation and not stopped and step % args.validation_steps == 0 and step < args.max_train_steps:
+                stopped = not show(step)
+            if stopped:
+                if not saved:
+                    save_checkpoint(accelerator, output_dir, step, config, args.checkpoints_total_limit)
+                logger.info(f"Stopped by SIGTERM after step {step}; --resume_from_checkpoint latest goes on.")
+                break
+    if stopped:
+        accelerator.end_training()
+        return
 
     # 7. The model: the base with what was trained in its place. LoRA layers are merged, and lie beside it as well.
-    if not stopped:
-        if ema is not None:
-            ema.copy_to(trainable.values())
-        if args.lora_rank is not None and accelerator.is_main_process:
-            save_lora(unet, output_dir / "lora")
-        # Compiled, the names of the weights are others.
-        state = accelerator.get_state_dict(wrapped)
-        state = {name.removeprefix("_orig_mod."): values for name, values in state.items()}
-        if accelerator.is_main_process:
-            if args.lora_rank is None:
-                # Of an earlier run into this folder; it would be taken for this one's.
-                shutil.rmtree(output_dir / "lora", ignore_errors=True)
-            final = load_base(args.model)
-            final.unet.load_state_dict(state)
-            save_pipeline(final, output_dir)
-            loss_log.plot(output_dir / "loss.png")
-        accelerator.wait_for_everyone()
-        evaluation = evaluate_model(args) if args.evaluation_data else ([], "")
-        if accelerator.is_main_process:
-            write_card(args, hub_model_id, loss_log, total_batch_size, evaluation)
-            if args.push_to_hub:
-                logger.info(push_folder(output_dir, hub_model_id, private=args.hub_private or None))
+    if validation:
+        show(args.max_train_steps)
+    if ema is not None:
+        ema.copy_to(trainable.values())
+    if args.lora_rank is not None and accelerator.is_main_process:
+        save_lora(unet, output_dir / "lora")
+    # Compiled, the names of the weights are others.
+    state = accelerator.get_state_dict(wrapped)
+    state = {name.removeprefix("_orig_mod."): values for name, values in state.items()}
+    if accelerator.is_main_process:
+        if args.lora_rank is None:
+            # Of an earlier run into this folder; it would be taken for this one's.
+            shutil.rmtree(output_dir / "lora", ignore_errors=True)
+        final = load_base(args.model)
+        final.unet.load_state_dict(state)
+        save_pipeline(final, output_dir)
+        loss_log.plot(output_dir / "loss.png")
+        write_card(args, hub_model_id, loss_log, total_batch_size)
+    accelerator.wait_for_everyone()
+
+    # 8. What follows can fail, or be stopped at once: the model is whole.
+    try:
+        signal.signal(signal.SIGTERM, terminate)
+        if terminated:
+            raise Terminated
+        if args.evaluation_data:
+            evaluation = evaluate_model(args)
+            if accelerator.is_main_process:
+                write_card(args, hub_model_id, loss_log, total_batch_size, *evaluation)
+        if args.push_to_hub and accelerator.is_main_process:
+            logger.info(push_folder(output_dir, hub_model_id, private=args.hub_private or None))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    except (Terminated, KeyboardInterrupt, Exception) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        whole = f"The model in {output_dir} is whole.{what_is_left(args, hub_model_id)}"
+        if not isinstance(error, Terminated):
+            reason = "Stopped" if isinstance(error, KeyboardInterrupt) else describe(error)
+            raise RuntimeError(f"{reason.rstrip('.')}. {whole}") from error
+        logger.info(f"Stopped by SIGTERM. {whole}")
+    else:
+        edit = shlex.join(["iedit", "edit", "PICTURE", "PROMPT", "--model", str(output_dir), "-o", "edited.png"])
+        logger.info(f"The model is in {output_dir}. To edit with it: {edit}")
     accelerator.end_training()
+
+
+def describe(error: Exception) -> str:
+    """What went wrong, without the traceback of the process that read the data."""
+    message = str(error)
+    if "in DataLoader worker process" in message:
+        # Such an error comes with a traceback as its text. What it says begins after the last line of code.
+        _, _, last = message.rpartition("\n  File ")
+        message = re.sub(r"\A.*?\n(?=\S)", "", last, flags=re.DOTALL).strip()
+        name, _, said = message.partition(": ")
+        return said if name in [kind.__name__ for kind in EXPECTED] else message
+    return message if isinstance(error, EXPECTED) else f"{type(error).__name__}: {message}"
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(args)
     except KeyboardInterrupt:
-        message = "stopped; --resume_from_checkpoint latest goes on from the last checkpoint."
-    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
-        message = f"error: {error}"
-        if "in DataLoader worker process" in message:
-            # Such an error comes with the worker's traceback as its text.
-            message = f"error: {message.strip().splitlines()[-1].partition(': ')[2]}"
+        newest = [path.name for path in list_checkpoints(args.output_dir)][-1:]
+        goes_on = (
+            f"--resume_from_checkpoint latest goes on from {newest[0]}." if newest else "no checkpoint was written."
+        )
+        message = f"stopped; {goes_on}"
+    except Exception as error:
+        message = f"error: {describe(error)}"
     else:
-        sys.exit()
+        message = None
     # The processes that read pairs outlast an error, and an exit waits for them, while they leave SIGTERM alone.
     for process in multiprocessing.active_children():
         process.kill()
-    sys.exit(f"train_iedit.py: {message}")
+    sys.exit(message and f"train_iedit.py: {message}")

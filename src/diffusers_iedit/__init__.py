@@ -1,10 +1,16 @@
 """Localised text-guided image editing (iEdit) for diffusers."""
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 
 __version__ = "0.1.0"
+
+# At every start, transformers tells that image processors fall back from torchvision to Pillow: nothing changes by it.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision" not in record.getMessage()
+)
 
 __all__ = ["IEditMaskedDDIM", "IEditMaskedScheduler", "IEditPipeline", "IEditPipelineOutput", "mini"]
 

@@ -374,10 +374,6 @@ def _check_model(name: str, option: str = "--model"):
 @functools.cache
 def _import_libraries():
     """Import what an edit needs, quickly and without what is no news to a user of the command."""
-    # That image processors fall back from torchvision to Pillow changes nothing here.
-    logging.getLogger("transformers.utils.import_utils").addFilter(
-        lambda record: "requires torchvision" not in record.getMessage()
-    )
     # The imports leave a million objects that stay. Searching them for garbage, over and over and once more on the way
     # out, would take a third of a short run's time.
     gc.disable()

@@ -359,6 +359,18 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         save_kwargs = {"safe_serialization": safe_serialization, "variant": variant}
         super().save_pretrained(save_directory, max_shard_size=max_shard_size, **save_kwargs, **kwargs)
+        # What is not there need not be named, and stock pipelines then do not warn of it.
+        index = Path(save_directory, "model_index.json")
+        config = json.loads(index.read_text())
+        own = set(self._optional_components) - set(StableDiffusionImg2ImgPipeline._optional_components)
+        if own := {name for name in own if config.get(name) == [None, None]}:
+            part = index.with_name(".model_index.json.part")
+            kept = {name: value for name, value in config.items() if name not in own}
+            part.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+            part.replace(index)
+        # safetensors lets only the owner read the weights. They get the mode of any file that is saved.
+        for file in Path(save_directory).rglob("*.safetensors"):
+            shutil.copymode(index, file)
         for name in CODE_FILES:
             part = Path(save_directory, f".{name}.part")
             shutil.copyfile(Path(__file__).with_name(name), part)

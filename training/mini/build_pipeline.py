@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from diffusers_iedit import IEditPipeline, mini
+from diffusers_iedit.finetuning.outputs import apply_umask
 
 
 MAX_FILE, MAX_TOTAL = 16 * 10**6, 64 * 10**6
@@ -85,6 +86,7 @@ def main() -> None:
             if not folder.startswith("model/"):
                 shutil.copytree(source[name], new / folder)
 
+        apply_umask(new)
         # Paths of the machine that trained are nobody's business.
         for file in new.rglob("*.json"):
             config = json.loads(file.read_text())

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
+from diffusers_iedit.finetuning.outputs import apply_umask
 from diffusers_iedit.mini import COLOURS, NOUNS, SCENES, Scene, render
 
 
@@ -168,6 +169,7 @@ class Run:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        apply_umask(partial)
         shutil.rmtree(self.folder / name, ignore_errors=True)
         partial.rename(self.folder / name)
 

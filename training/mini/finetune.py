@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from train_all import MALLOC
 
 from diffusers_iedit import mini
+from diffusers_iedit.finetuning.outputs import apply_umask
 from diffusers_iedit.pairs import load_pairs
 
 
@@ -84,6 +85,7 @@ def main() -> None:
         save_half(
             UNet2DConditionModel.from_pretrained(args.work_dir / "iedit-tuned-0" / "unet"), partial / "finetuned"
         )
+        apply_umask(partial)
         partial.rename(finished)
     run(HERE / "build_pipeline.py", "--work_dir", args.work_dir, "--only", "finetuned")
     run(HERE / "measure_finetuning.py", "--models", *folders, "--json", args.work_dir / "finetuning.json")

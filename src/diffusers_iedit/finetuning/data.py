@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -12,15 +12,53 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..pairs.schema import read_pair, with_encoded_images
+from .. import mini
+from ..pairs.schema import FEATURES, load_pairs, read_pair, with_encoded_images
+from ..pairs.shards import replacing
 
 
 ROWS_PER_FILE, ENCODED_AT_ONCE = 64, 8
+
+
+# Seeds that nothing else uses.
+MINI_PAIRS, MINI_SEED = 256, 160_000
+
+
+def open_pairs(source: str, split: str = "train", tokenizer: PreTrainedTokenizerBase | None = None) -> Dataset:
+    """The pairs to train on: what [`~diffusers_iedit.pairs.load_pairs`] opens, or `mini`.
+
+    `mini` draws 256 scenes of the mini world, each beside itself with another thing or in another colour, with exact
+    captions and masks: no scene and no edit that is kept from the training of the mini models. What retrieval finds in
+    a collection is never so true to the source.
+
+    Raises:
+        ValueError: As `load_pairs`.
+    """
+    if source != "mini":
+        return load_pairs(source, split, tokenizer=tokenizer)
+    rows = {name: [] for name in FEATURES}
+    held_out, seed = set(mini.held_out_captions()), MINI_SEED
+    while len(rows["similarity"]) < MINI_PAIRS:
+        scene = mini.render(seed, things=1, split="train")
+        things = [scene.swap(thing=noun) for noun in mini.NOUNS if noun != scene.thing.noun]
+        edits = things if seed % 2 else [scene.swap(colour=c) for c in mini.COLOURS if c != scene.thing.colour]
+        edited = edits[seed // 2 % len(edits)]
+        seed += 1
+        if edited.caption in held_out:
+            continue
+        for side, shown in (("source", scene), ("target", edited)):
+            rows[f"{side}_image"].append(shown.image)
+            rows[f"{side}_mask"].append(shown.mask)
+            rows[f"{side}_term"].append(shown.thing.name)
+        rows["source_caption"].append(scene.caption)
+        rows["edit_prompt"].append(edited.caption)
+        rows["similarity"].append(1.0)
+    return Dataset.from_dict(rows, features=FEATURES)
 
 
 @lru_cache(maxsize=2)
@@ -130,7 +168,13 @@ class CachedPairStream(torch.utils.data.Dataset):
 
     @lru_cache(maxsize=64)  # noqa: B019 (a stream lives as long as its process)
     def _open(self, number: int) -> dict:
-        file = safe_open(self.folder / f"{number:06}.safetensors", framework="pt")
+        path = self.folder / f"{number:06}.safetensors"
+        try:
+            file = safe_open(path, framework="pt")
+        except Exception as error:
+            raise ValueError(
+                f"The cached latents in {path} cannot be read any more: {error}. The next run encodes them again."
+            ) from error
         return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
 
     def __getitem__(self, position: int) -> dict:
@@ -142,10 +186,20 @@ class CachedPairStream(torch.utils.data.Dataset):
         return {name: (v.float() / 255 if v.dtype == torch.uint8 else v) for name, v in sample.items()} | drawn
 
 
+def _is_whole(file: Path) -> bool:
+    """Whether a safetensors file is there and as long as its header says."""
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def cache_pairs(stream: PairStream, encode: Callable[[dict], dict], folder: Path, accelerator: Accelerator) -> Path:
     """Encodes every pair once, and its mirror image if the stream flips, into safetensors files of 64 each.
 
-    The processes share the files. A file is complete or absent, so an interrupted call goes on where it was.
+    The processes share the files. A file is complete or absent, so an interrupted call goes on where it was; one that
+    has been cut off since is written again.
 
     Args:
         stream (`PairStream`): Must not crop at random.
@@ -159,6 +213,7 @@ def cache_pairs(stream: PairStream, encode: Callable[[dict], dict], folder: Path
 
     Raises:
         ValueError: If the stream crops at random.
+        OSError: If a file cannot be written; those before it are whole.
     """
     if stream.random_crop:
         raise ValueError("`random_crop` and `cache_latents` exclude each other: there is no end of crops to cache.")
@@ -166,23 +221,31 @@ def cache_pairs(stream: PairStream, encode: Callable[[dict], dict], folder: Path
     flips = (False, True) if stream.random_flip else (False,)
     visits = [(row, flip) for row in range(len(stream.pairs)) for flip in flips]
     numbers = range(-(-len(visits) // ROWS_PER_FILE))[accelerator.process_index :: accelerator.num_processes]
-    for number in tqdm(numbers, desc="Caching latents", unit="file", disable=not accelerator.is_local_main_process):
-        file = folder / f"{number:06}.safetensors"
-        if file.exists():
-            continue
-        samples = [
-            stream.sample(row, (0.5, 0.5), flip) for row, flip in visits[number * ROWS_PER_FILE :][:ROWS_PER_FILE]
-        ]
-        kept: dict[str, list[torch.Tensor]] = {}
-        for start in range(0, len(samples), ENCODED_AT_ONCE):
-            batch = torch.utils.data.default_collate(samples[start : start + ENCODED_AT_ONCE])
-            for name, values in encode(batch).items():
-                if name.endswith(("_image", "_mask")):
-                    values = values.mul(255).round().byte()
-                kept.setdefault(name, []).append(values.cpu())
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        save_file({name: torch.cat(values).contiguous() for name, values in kept.items()}, partial)
-        partial.replace(file)
+    hidden = not accelerator.is_local_main_process
+    with tqdm(numbers, desc="Caching latents", unit="file", disable=hidden) as progress:
+        for number in progress:
+            file = folder / f"{number:06}.safetensors"
+            if _is_whole(file):
+                continue
+            samples = [
+                stream.sample(row, (0.5, 0.5), flip) for row, flip in visits[number * ROWS_PER_FILE :][:ROWS_PER_FILE]
+            ]
+            kept: dict[str, list[torch.Tensor]] = {}
+            for start in range(0, len(samples), ENCODED_AT_ONCE):
+                batch = torch.utils.data.default_collate(samples[start : start + ENCODED_AT_ONCE])
+                for name, values in encode(batch).items():
+                    if name.endswith(("_image", "_mask")):
+                        values = values.mul(255).round().byte()
+                    kept.setdefault(name, []).append(values.cpu())
+            try:
+                with replacing(file) as partial:
+                    partial.write_bytes(save({name: torch.cat(values).contiguous() for name, values in kept.items()}))
+            except OSError as error:
+                free = shutil.disk_usage(folder).free / 2**20
+                raise OSError(
+                    f"The cached latents could not be written to {folder}, which has {free:,.0f} MiB free: {error}."
+                    " The files before this one are whole, and a later run goes on after them."
+                ) from error
     accelerator.wait_for_everyone()
     return folder
 

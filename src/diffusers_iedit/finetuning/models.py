@@ -13,6 +13,7 @@ from .. import loading, mini
 from ..losses import IEditLoss, VGG16Features, paired_loss
 from ..pairs.models import load
 from ..pipeline import IEditPipeline
+from .options import TRAIN_BLOCKS
 
 
 # Of each part of the UNet, how the names of its parameters begin.
@@ -22,15 +23,6 @@ _PARTS = {
     "all": r"",
     "attention": r".*\.attn[12]\.",
 }
-
-TRAIN_BLOCKS = {
-    "alternate": ("input", "middle"),
-    "input": ("input",),
-    "middle": ("middle",),
-    "all": ("all",),
-    "attention": ("attention",),
-}
-"""The choices of `train_blocks`, each with the parts that take turns, one a step."""
 
 # What the loss takes by these names, if its terms need it.
 LOSS_INPUTS = ("source_mask", "target_mask", "target_image", "prompt_embeds", "term_embeds")
@@ -44,6 +36,12 @@ def load_base(model: str) -> IEditPipeline:
     """
     kind = "Stable Diffusion 1.x or 2.x"
     return loading.load_pipeline(IEditPipeline, model, "`model`", kind, dtype=torch.float32)
+
+
+def native_resolution(pipe: IEditPipeline) -> int:
+    """The pixels, in the shorter direction, of the pictures that a base was made for."""
+    size = pipe.unet.config.sample_size
+    return pipe.vae_scale_factor * (size if isinstance(size, int) else min(size))
 
 
 def load_clip(model: str) -> tuple[CLIPModel, CLIPProcessor]:

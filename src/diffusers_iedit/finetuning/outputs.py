@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import shutil
+import stat
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 
+from .. import mini
 from ..pipeline import IEditPipeline
 
 
@@ -67,6 +70,44 @@ class LossLog:
         partial.replace(file)
 
 
+def check_folders(args: argparse.Namespace) -> None:
+    """Makes sure that what is written does not take the place of what is read.
+
+    Raises:
+        ValueError: If `output_dir` is the folder of a model, or if it or `cache_dir` lies among the pairs.
+    """
+    folders = {"mini": mini.model_path(), "mini-base": mini.model_path()}
+    for name in ("output_dir", "cache_dir"):
+        written = getattr(args, name)
+        for option in ("model", "clip_model", "perceptual_model", "loss_decoder"):
+            given = getattr(args, option)
+            if written and given and written.resolve() == Path(folders.get(given, given)).resolve():
+                raise ValueError(
+                    f"`{name}` {written} is the folder of `{option}` {given}, which it would overwrite: take another."
+                )
+        for option in ("train_data", "validation_data", "evaluation_data"):
+            given = getattr(args, option)
+            folder = Path(given.removeprefix("pie-bench:")) if given else None
+            if written and folder and folder.exists() and written.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(
+                    f"`{name}` {written} lies in `{option}` {given}, which would then hold what is made from it: take"
+                    " another folder."
+                )
+
+
+def apply_umask(folder: Path) -> None:
+    """Gives the weights in a folder, and below it, the mode of any new file.
+
+    safetensors lets nobody but their owner read them, and with it diffusers and transformers.
+    """
+    probe = folder / "mode.partial"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)
+
+
 def save_pipeline(pipe: IEditPipeline, folder: Path) -> None:
     """Saves a pipeline into a folder that may hold other files and an older pipeline.
 
@@ -92,13 +133,22 @@ def save_pipeline(pipe: IEditPipeline, folder: Path) -> None:
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Saves a UNet's LoRA layers, for `pipe.load_lora_weights` on the base, and merges them into the UNet."""
+    """Saves a UNet's LoRA layers, for `pipe.load_lora_weights` on the base, and merges them into the UNet.
+
+    Raises:
+        OSError: If they cannot be written; what was there before is as it was.
+    """
     from peft import get_peft_model_state_dict
 
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    IEditPipeline.save_lora_weights(partial, unet_lora_layers=layers)
+    try:
+        IEditPipeline.save_lora_weights(partial, unet_lora_layers=layers)
+        apply_umask(partial)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"The LoRA layers could not be written to {folder}: {error}") from error
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     unet.fuse_lora()

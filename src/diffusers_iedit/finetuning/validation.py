@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from datasets import Dataset
 from diffusers.utils import numpy_to_pil
 from PIL import Image
 
+from ..pairs.shards import replacing
 from ..pipeline import IEditPipeline
 from .data import PairStream
 
@@ -29,11 +31,19 @@ class Validation:
         pairs ([`~datasets.Dataset`]): With the columns of `pairs.schema.FEATURES`.
         resolution (`int`): Of the pictures, in pixels.
         seed (`int`): Of the noise, which is the same for all columns and at every time.
+        interrupted (`Callable`): Asked after each denoising step whether to leave the grid and come back.
         **settings: `strength`, `guidance_scale` and `num_inference_steps` of the edits.
     """
 
     def __init__(
-        self, accelerator: Accelerator, pipe: IEditPipeline, pairs: Dataset, resolution: int, seed: int, **settings
+        self,
+        accelerator: Accelerator,
+        pipe: IEditPipeline,
+        pairs: Dataset,
+        resolution: int,
+        seed: int,
+        interrupted: Callable[[], bool] = lambda: False,
+        **settings,
     ):
         self.accelerator = accelerator
         names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
@@ -41,6 +51,7 @@ class Validation:
         self.pipe = IEditPipeline(**components, requires_safety_checker=False).to(accelerator.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.seed = seed
+        self.interrupted = interrupted
         self.settings = settings
         stream = PairStream(pairs, resolution)
         # Under FSDP every process has to take part in every forward pass, so all get equally many rows.
@@ -58,19 +69,29 @@ class Validation:
                 sample["edit_prompt"],
                 mask_image=mask,
                 generator=torch.Generator().manual_seed(self.seed + row),
+                callback_on_step_end=self._end_if_interrupted,
                 **self.settings,
             ).images
         unet.train(training)
         return image
 
-    def __call__(self) -> Image.Image:
-        """One row for each pair, with the columns of `COLUMNS`; the same on all processes."""
+    def _end_if_interrupted(self, pipe: IEditPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        pipe._interrupt = self.interrupted()
+        return {}
+
+    def __call__(self) -> Image.Image | None:
+        """One row for each pair, with the columns of `COLUMNS`; the same on all processes.
+
+        None if any of them was interrupted.
+        """
         rows = []
         for (row, sample), base in zip(self.samples, self.base, strict=True):
             pictures = torch.stack([sample["source_image"], sample["source_mask"].expand(3, -1, -1)])
             pictures = numpy_to_pil(pictures.permute(0, 2, 3, 1).numpy())
             edits = [self._edit(row, sample), self._edit(row, sample, sample["source_mask"])]
             rows.append((row, [*pictures, base, *edits]))
+        if any(gather_object([self.interrupted()])):
+            return None
         # Padding repeats rows.
         rows = dict(gather_object(rows))
         width, height = rows[0][0].size
@@ -80,12 +101,10 @@ class Validation:
                 grid.paste(image, (width * column, height * number))
         return grid
 
-    def save(self, file: Path) -> Image.Image:
-        """Calls it and writes the grid to a PNG, on the main process."""
+    def save(self, file: Path) -> Image.Image | None:
+        """Calls it and writes the grid, if there is one, to a PNG, on the main process."""
         grid = self()
-        if self.accelerator.is_main_process:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            grid.save(partial, "PNG")
-            partial.replace(file)
+        if grid is not None and self.accelerator.is_main_process:
+            with replacing(file) as partial:
+                grid.save(partial, "PNG")
         return grid
