@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-import train_iedit
 from diffusers import (
     AutoencoderTiny,
     StableDiffusion3Img2ImgPipeline,
@@ -27,7 +26,19 @@ from diffusers.optimization import SchedulerType
 from hub_server import TOKEN, USER, files_in
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_pairs import SCRIPT, UNET, arguments, command, losses, make_rows, train, unet, write_base, write_pairs
+from small_pairs import (
+    SCRIPT,
+    UNET,
+    arguments,
+    command,
+    losses,
+    make_rows,
+    train,
+    train_iedit,
+    unet,
+    write_base,
+    write_pairs,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_iedit import IEditPipeline, cli, mini
