@@ -585,6 +585,8 @@ if __name__ == "__main__":
     else:
         message = None
     # The processes that read pairs outlast an error, and an exit waits for them, while they leave SIGTERM alone.
+    # PyTorch would report their end as an error of its own.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
     sys.exit(message and f"train_iedit.py: {message}")
