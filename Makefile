@@ -23,6 +23,7 @@ test-slow: $(VENV)/test.stamp
 lint: $(VENV)/test.stamp
 	"$(VENV)/bin/ruff" check .
 	"$(VENV)/bin/ruff" format --check .
+	"$(VENV)/bin/mypy"
 
 $(VENV)/edit.stamp: $(VENV)/torch.stamp pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e .

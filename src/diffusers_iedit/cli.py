@@ -407,7 +407,7 @@ def _load_pipeline(name: str, device: str | None, edits: bool, finds_mask: bool,
     from .pipeline import IEditPipeline
 
     device, dtype = _choose_device(device)
-    left_out: dict[str, bool | None] = {} if edits else {"requires_safety_checker": False}
+    left_out: dict[str, Any] = {} if edits else {"requires_safety_checker": False}
     for needed, components in ((edits, EDITING), (finds_mask, MASKING), (captions, CAPTIONING)):
         if not needed:
             left_out |= dict.fromkeys(components)

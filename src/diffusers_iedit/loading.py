@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from . import mini
 
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 _PIPELINES = {"mini": {}, "mini-base": {"unet": mini.base_unet_path()}}
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+class _Pretrained(Protocol):
+    @classmethod
+    def from_pretrained(cls, folder: Path, **options): ...
 
 
 class HubError(ValueError):
@@ -167,7 +172,7 @@ def fetch(name: str | Path, argument: str, shipped: Path | None = None) -> Path:
         ValueError: If there is no such model, or if it cannot be had.
     """
     names = () if shipped is None else ("mini",)
-    if name in names:
+    if shipped is not None and name in names:
         return shipped
     if (folder := find(name, argument, names)) is not None:
         return folder
@@ -215,7 +220,7 @@ def _check_files(folder: Path) -> None:
                 raise ValueError(f"{shard} lacks weights that {file.name} says it has, for instance {name}")
 
 
-def _load_module(cls: type[torch.nn.Module], folder: Path, **options) -> torch.nn.Module:
+def _load_module(cls: type[_Pretrained], folder: Path, **options) -> torch.nn.Module:
     from transformers import PreTrainedModel
 
     _read_config(folder / "config.json")
@@ -245,7 +250,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         )
 
 
-def _load(cls: type, folder: Path, **options):
+def _load(cls: type[_Pretrained], folder: Path, **options):
     """`cls.from_pretrained`, given that everything is there; `options` are for models alone."""
     import torch
     from transformers import PreTrainedTokenizerBase
@@ -341,7 +346,7 @@ def load_pipeline(
             if (component_class := _component_class(*entry)) is None:
                 continue
             files = elsewhere.get(part, folder / part)
-            options = {}
+            options: dict[str, torch.dtype | str | None] = {}
             if issubclass(component_class, torch.nn.Module):
                 options["dtype"] = dtype
                 if variant is not None and any(files.glob(f"*.{variant}[.-]*")):

@@ -55,13 +55,13 @@ def _mixed_7(pooling: str) -> list[list]:
     ]
 
 
-_MIXED_6A = [
+_MIXED_6A: list[list] = [
     [("branch3x3", 384, 3, 2)],
     [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)],
     ["halve"],
 ]
 
-_MIXED_7A = [
+_MIXED_7A: list[list] = [
     [("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
     [
         ("branch7x7x3_1", 192, 1),

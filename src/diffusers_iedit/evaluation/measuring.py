@@ -88,7 +88,8 @@ class _Batch:
         distances = []
         # One by one: the activations of the first layer are 67 MB for 512 x 512 pixels.
         for pair in zip(edited.to(self.networks.device), source.to(self.networks.device), strict=True):
-            distances.append(lpips(*(network(image[None]) for image in pair), network.weights).cpu())
+            edited_features, source_features = (network(image[None]) for image in pair)
+            distances.append(lpips(edited_features, source_features, network.weights).cpu())
         return torch.cat(distances)
 
     def structure_distance(self, scale: float, antialias: bool) -> torch.Tensor:
@@ -104,13 +105,14 @@ class _Batch:
         there = self.networks.judge.look(self.edited_images, [example.mask for example in self.examples])
         whole = self.networks.judge.look(self.edited_images)
         seen = [(a.noun, a.colour, b.scene) for a, b in zip(there, whole, strict=True)]
-        asked = [example.thing for example in self.examples]
+        # Asked only of batches in which every example has one, as `Metrics.measure` makes them; `target` too.
+        asked = [example.thing for example in self.examples if example.thing is not None]
         answers = [[x == y for x, y in zip(*pair, strict=True)] for pair in zip(seen, asked, strict=True)]
         return torch.tensor(answers, dtype=torch.float).T
 
     @cached_property
     def target(self) -> torch.Tensor:
-        return to_tensor([example.target for example in self.examples])
+        return to_tensor([example.target for example in self.examples if example.target is not None])
 
 
 @dataclass(frozen=True)
@@ -411,7 +413,7 @@ class Metrics:
                 )
             missing = tuple(getattr(example, name) is None for name in ("target", "target_mask", "thing"))
             groups[image.size, missing].append(index)
-        results = [{} for _ in examples]
+        results: list[dict[str, float]] = [{} for _ in examples]
         for (_, missing), indices in groups.items():
             absent = {name for name, gone in zip(("target", "target_mask", "thing"), missing, strict=True) if gone}
             batch = _Batch([examples[i] for i in indices], [edited[i] for i in indices], self.networks)

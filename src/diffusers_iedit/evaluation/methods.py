@@ -128,8 +128,10 @@ class Models:
             ValueError: If there is no such model, if it is not of this kind, or if it is not all there.
         """
         if name not in self._loaded:
-            no_checker = {"safety_checker": None, "requires_safety_checker": False}
-            self._loaded[name] = load_pipeline(cls, name, argument, dtype=self.dtype, **no_checker).to(self.device)
+            pipe = load_pipeline(
+                cls, name, argument, dtype=self.dtype, safety_checker=None, requires_safety_checker=False
+            )
+            self._loaded[name] = pipe.to(self.device)
         return self._loaded[name]
 
     def pipeline(self, cls: type[DiffusionPipeline], name: str, scheduler: str | None = None) -> DiffusionPipeline:
@@ -411,7 +413,9 @@ def parse_variant(text: str, settings: Settings) -> Variant:
     else:
         raise ValueError(f"There is no method {method!r}. There are {', '.join(METHODS)}, and module:Class.")
 
-    kinds = {field.name: type(field.default) if field.default is not None else str for field in fields(Settings)}
+    kinds: dict[str, type] = {
+        field.name: str if field.default is None else type(field.default) for field in fields(Settings)
+    }
     changes = {}
     for part in parts:
         key, _, value = part.partition("=")

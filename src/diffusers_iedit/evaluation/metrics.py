@@ -273,7 +273,7 @@ def lpips(
     Returns:
         `torch.Tensor`: Distances, 0 for equal images, shape (B,).
     """
-    total = 0
+    total = edited_features[0].new_zeros(len(edited_features[0]))
     for edited, source, weight in zip(edited_features, source_features, weights, strict=True):
         difference = F.normalize(edited, dim=1) - F.normalize(source, dim=1)
         total = total + torch.einsum("bchw,c->bhw", difference.square(), weight).mean((1, 2))
@@ -352,7 +352,7 @@ def edit_window(mask: torch.Tensor) -> tuple[slice, slice]:
         start = (int(marked[0] + marked[-1]) + 1 - size) // 2
         start = min(max(start, 0), length - size)
         window.append(slice(start, start + size))
-    return tuple(window)
+    return window[0], window[1]
 
 
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from functools import cached_property
 from importlib.resources import files
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -84,10 +85,9 @@ class LPIPSFeatures(nn.Module):
         for number in range(len(self.LAYERS)):
             self.register_buffer(f"weight_{number}", loaded[f"lin{number}.model.1.weight"].flatten())
         width = self.vgg.features[0].out_channels
-        if width != len(self.weight_0):
-            raise ValueError(
-                f"{model!r} has {width} channels in its first layer, but LPIPS is for {len(self.weight_0)}."
-            )
+        expected = len(self.weights[0])
+        if width != expected:
+            raise ValueError(f"{model!r} has {width} channels in its first layer, but LPIPS is for {expected}.")
 
     @property
     def weights(self) -> list[torch.Tensor]:
@@ -112,6 +112,9 @@ class StructureKeys(nn.Module):
     """
 
     SHORTER, LONGER = 224, 480
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, model: str):
         super().__init__()
@@ -165,6 +168,12 @@ class Networks:
         """What judges pictures of the mini world."""
         return Judge.from_pretrained(mini.judge_path()).to(self.device)
 
+    @overload
+    def get(self, part: Literal["clip"]) -> CLIPEmbedder: ...
+    @overload
+    def get(self, part: Literal["lpips"]) -> LPIPSFeatures: ...
+    @overload
+    def get(self, part: str) -> Callable: ...
     def get(self, part: str) -> Callable:
         """The network of this part.
 
@@ -175,12 +184,13 @@ class Networks:
         Raises:
             ValueError: If it cannot be loaded.
         """
-        if self._loaded.get(part) is None:
+        network = self._loaded.get(part)
+        if network is None:
             try:
-                self._loaded[part] = self._load(part, self.models[part])
+                network = self._loaded[part] = self._load(part, self.models[part])
             except ValueError as error:
                 raise ValueError(f"The network for {part}: {error}") from error
-        return self._loaded[part]
+        return network
 
     def find(self, part: str) -> Callable | None:
         """As `get`, but what was not chosen may be missing: this is logged and in `missing`, and the result is None.

@@ -261,7 +261,8 @@ def _sections(results: dict) -> list[dict]:
     leading, *others = _columns(results)
     for group, summary in results["summary"].items():
         examples = [example for example in results["examples"] if group in ("all", example["group"])]
-        tables, folded = [], []
+        tables: list[dict] = []
+        folded: list[dict] = []
         for title, titles in _rows(results):
             titles = dict(titles)
             for name in titles:
@@ -276,21 +277,21 @@ def _sections(results: dict) -> list[dict]:
             }
             baseline_title = variants[results["baseline"]]["title"] if results["baseline"] is not None else None
             for metrics in (leading, *others):
-                for table_title, rows, key, make_cells in (
+                for table_title, row_titles, key, make_cells in (
                     (title, titles, None, _value_cells),
                     (f"{title}: difference from {baseline_title}", compared, "difference", _difference_cells),
                 ):
                     headings, columns = [], []
                     for metric in metrics:
                         about = results["metrics"][metric]
-                        entries = [summary.get(name, {}).get(metric, {}) for name in rows]
+                        entries = [summary.get(name, {}).get(metric, {}) for name in row_titles]
                         if any(entry and (key is None or key in entry) for entry in entries):
                             headings.append(about["title"] + _ARROWS[about["better"]])
                             columns.append(make_cells(entries, about["better"], _decimals(results, metric)))
                     if columns:
                         rows = [
                             {"title": row_title, "cells": cells}
-                            for row_title, *cells in zip(rows.values(), *columns, strict=True)
+                            for row_title, *cells in zip(row_titles.values(), *columns, strict=True)
                         ]
                         table = {"title": table_title, "columns": headings, "rows": rows}
                         (tables if metrics is leading else folded).append(table)
@@ -316,7 +317,7 @@ def _rows(results: dict) -> list[tuple[str, dict[str, str]]]:
             mine = [name for name in [*plain, *changed] if variants[name]["method"] == method]
             values = {name: [_setting(results, name, key) for key in keys] for name in mine}
             if all(isinstance(value, (int, float)) for row in values.values() for value in row):
-                mine.sort(key=values.get)
+                mine.sort(key=values.__getitem__)
             for name in mine:
                 titles[name] = variants[name]["title"]
                 if name in plain:
@@ -340,15 +341,16 @@ def _plots(results: dict, group: str) -> list[dict]:
         lines = {key: names for key, names in lines.items() if key[1] == "{}" or len(names) > 1}
         if not lines:
             continue
-        look = {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "iedit",
-            "text.parse_math": False,
-            "font.family": "sans-serif",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-        with matplotlib.rc_context(look):
+        with matplotlib.rc_context(
+            {
+                "svg.fonttype": "none",
+                "svg.hashsalt": "iedit",
+                "text.parse_math": False,
+                "font.family": "sans-serif",
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+            }
+        ):
             figure = Figure(figsize=(5, 4.2 + 0.2 * ((len(lines) + 1) // 2)), layout="constrained")
             axes = figure.add_subplot()
             for number, names in enumerate(lines.values()):
@@ -412,8 +414,9 @@ def _sheet(results: dict, images: Path) -> dict:
     ]
     lead = next((metric for metric in metrics if metric["better"]), None)
 
-    order, weight, rows = _worst_and_best(examples, shown, lead), 0, {}
-    for number in order:
+    rows: dict[int, dict] = {}
+    weight = 0
+    for number in _worst_and_best(examples, shown, lead):
         example = examples[number]
         files = {name: images / name / f"{example['key']}.png" for name in ("source", "mask", "target")}
         if not files["target"].exists():

@@ -108,7 +108,7 @@ def _start(files: _Files, config: dict, variants: list[Variant], weights: dict[s
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def _edit(variant: Variant, method: Method, examples: list[Example], seeds: list[int]) -> list[Image.Image | str]:
+def _edit(variant: Variant, method: Method, examples: list[Example], seeds: list[int]) -> Sequence[Image.Image | str]:
     """The edited images, or why there is none."""
 
     def one_by_one() -> list:
@@ -188,7 +188,8 @@ def _read(
     files: _Files, examples: Sequence[Example], num_examples: int | None, seed: int, engine: LocalEngine
 ) -> list[dict]:
     """What each example is asked for, which is kept; its pictures are left on the disk."""
-    rows, counts = [], Counter()
+    rows: list[dict] = []
+    counts: Counter[str] = Counter()
     quiet = not engine.state.is_local_main_process
     for number, example in enumerate(tqdm(examples, desc="Reading", unit="example", disable=quiet)):
         counts[example.group] += 1
@@ -310,7 +311,7 @@ def evaluate(
     models = Models(device, dtype)
     built = {variant.name: variant.method_class(models) for variant in (*variants, *curves)}
 
-    weights = {}
+    weights: dict[str, str] = {}
     for variant in (*variants, *curves):
         for name in set(variant.models) - weights.keys():
             built[variant.name].load(variant.settings)

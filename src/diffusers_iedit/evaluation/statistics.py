@@ -114,7 +114,7 @@ def summarise(
     if len(parts) > 1:
         parts = {"all": np.full(len(examples), True)} | parts
 
-    summary = {}
+    summary: dict[str, dict[str, dict[str, dict]]] = {}
     for group, rows in parts.items():
         values = table[rows].reshape(rows.sum(), -1)
         columns = [values]

@@ -98,7 +98,7 @@ def write_model_card(
     loss_plot: str,
     evaluation: list[dict[str, object]] | None = None,
     evaluation_note: str = "",
-    pictures: list[str] = (),
+    pictures: list[str] = [],
     license: str | None = None,
     lora: bool = False,
 ) -> None:

@@ -137,6 +137,9 @@ class PairEncoder:
         return self.text_encoder(tokens.to(self.text_encoder.device))[0]
 
     def _embed_texts(self, texts: list[str]) -> torch.Tensor:
+        # The terms that need it, "loc" and "global", come with a CLIP.
+        assert self.clip is not None
+        assert self.clip_tokenizer is not None
         tokens = self.clip_tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
         return self.clip.get_text_features(**tokens.to(self.clip.device)).pooler_output
 

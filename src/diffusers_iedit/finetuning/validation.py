@@ -93,11 +93,11 @@ class Validation:
         if any(gather_object([self.interrupted()])):
             return None
         # Padding repeats rows.
-        rows = dict(gather_object(rows))
-        width, height = rows[0][0].size
-        grid = Image.new("RGB", (width * len(COLUMNS), height * len(rows)))
-        for number in sorted(rows):
-            for column, image in enumerate(rows[number]):
+        by_row = dict(gather_object(rows))
+        width, height = by_row[0][0].size
+        grid = Image.new("RGB", (width * len(COLUMNS), height * len(by_row)))
+        for number in sorted(by_row):
+            for column, image in enumerate(by_row[number]):
                 grid.paste(image, (width * column, height * number))
         return grid
 

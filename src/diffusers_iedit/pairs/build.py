@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -254,7 +254,7 @@ class _Builder:
         return kind(self.work, self.options, self.batch_size, **arguments)
 
     def marker(self, stage: str, shard: str) -> Marker:
-        return read_marker(self.work / stage / f"{shard}.arrow")
+        return _marker(self.work / stage / f"{shard}.arrow")
 
     def stage(self, name: str, job: Job, rows: dict[str, int] | list[str]) -> None:
         """Builds the shards that are not there yet; `rows` names all of them, and if known their rows."""
@@ -288,14 +288,13 @@ class _Builder:
         self.stage(f"read {name}", self.job(ReadJob, collection=name, parts=parts), [f"{n:05}" for n in range(parts)])
         if self.engine.is_main:
             folder = self.work / "read" / name
-            shards = [s for n in range(parts) for s in read_marker(folder / f"part-{n:05}").shards]
+            shards = [s for n in range(parts) for s in _marker(folder / f"part-{n:05}").shards]
             hashes = [read_table(folder / f"{shard}.arrow")["hash"].to_numpy() for shard in shards]
             kept = dict(zip(shards, first_occurrences(hashes), strict=True))
             if not any(map(len, kept.values())):
                 dropped = _summed([folder / f"part-{n:05}" for n in range(parts)])["dropped"]
                 raise RuntimeError(f"No image of the {name} is fit to use: {dropped or 'it is empty'}.")
-            with replacing(folder / "kept.npz") as partial, partial.open("wb") as out:
-                np.savez(out, **kept)
+            _save_rows(folder / "kept.npz", kept)
         self.engine.wait()
 
     def index(self, pool: Collection) -> Path | None:
@@ -313,34 +312,38 @@ class _Builder:
 
     def assign_neighbours(self, source: Collection) -> None:
         """Gives each edit its nearest neighbour that has not served too often yet."""
-        uses, assigned = Counter(), {}
+        uses: Counter[int] = Counter()
+        assigned = {}
         for shard in source.shards:
             targets = read_table(self.work / "retrieve" / f"{shard}.arrow")["targets"].to_pylist()
             assigned[shard] = assign_targets(targets, uses, self.options.retrieve.max_target_uses)
-        _save_assigned(self.work / "retrieve", assigned)
+        _save_rows(self.work / "retrieve" / "assigned.npz", assigned)
 
     def assign_masked(self, source: Collection) -> None:
         """Gives each edit, of the neighbours whose masks pass, the one that overlaps best and may still serve."""
-        uses, assigned = Counter(), {}
+        uses: Counter[int] = Counter()
+        assigned = {}
         for shard in source.shards:
             pairs = read_table(self.work / "mask" / f"{shard}.arrow").select(["row", "target"]).to_pylist()
-            first, targets = [], []
+            first: list[int] = []
+            targets: list[list[int]] = []
             for number, pair in enumerate(pairs):
                 if number == 0 or pair["row"] != pairs[number - 1]["row"]:
                     first.append(number)
                     targets.append([])
                 targets[-1].append(pair["target"])
             width = max(map(len, targets), default=0)
-            padded = [row + [-1] * (width - len(row)) for row in targets]
+            padded = np.array([row + [-1] * (width - len(row)) for row in targets])
             places = assign_targets(padded, uses, self.options.retrieve.max_target_uses)
-            assigned[shard] = [number + place for number, place in zip(first, places, strict=True) if place >= 0]
-        _save_assigned(self.work / "mask", assigned)
+            kept = [number + place for number, place in zip(first, places, strict=True) if place >= 0]
+            assigned[shard] = np.array(kept, dtype=np.int64)
+        _save_rows(self.work / "mask" / "assigned.npz", assigned)
 
     def groups(self, source: Collection) -> dict[str, dict[str, int]]:
         """Consecutive shards of the source, with their pairs, that go into one file, so that no file is tiny."""
         assigned = self.work / "mask" / "assigned.npz"
         chosen = np.load(assigned) if self.options.mask.rerank_by_mask else None
-        groups = [{}]
+        groups: list[dict[str, int]] = [{}]
         for shard in source.shards:
             if sum(groups[-1].values()) >= ROWS_PER_FILE:
                 groups.append({})
@@ -348,13 +351,21 @@ class _Builder:
         return {f"{number:05}": group for number, group in enumerate(groups)}
 
 
-def _save_assigned(folder: Path, assigned: dict[str, list[int]]) -> None:
-    with replacing(folder / "assigned.npz") as partial, partial.open("wb") as out:
-        np.savez(out, **{shard: np.array(places, dtype=np.int64) for shard, places in assigned.items()})
+def _save_rows(file: Path, rows: Mapping[str, np.ndarray]) -> None:
+    """Row numbers, by shard."""
+    with replacing(file) as partial, partial.open("wb") as out:
+        np.savez(out, allow_pickle=False, **rows)
+
+
+def _marker(file: Path) -> Marker:
+    """The marker of a shard whose stage is done, which `_Builder.stage` has checked."""
+    marker = read_marker(file)
+    assert marker is not None, f"{file} is not there whole."
+    return marker
 
 
 def _summed(files: list[Path]) -> dict:
-    markers = [read_marker(file) for file in files]
+    markers = [_marker(file) for file in files]
     dropped = sum((Counter(marker.dropped) for marker in markers), Counter())
     return {
         "rows_in": sum(marker.rows_in for marker in markers),
@@ -392,7 +403,7 @@ def _report(work: Path, files: list[Path], options: Options) -> dict:
         if used_up := stages[stage]["rows_out"] - stages[later]["rows_in"]:
             stages[stage]["dropped"]["target_used_up"] = used_up
             stages[stage]["rows_out"] -= used_up
-    dropped = Counter()
+    dropped: Counter[str] = Counter()
     for stage, numbers in stages.items():
         if not stage.startswith(("read pool", "embed")):
             dropped.update(numbers["dropped"])

@@ -170,9 +170,12 @@ class _CommonWords:
 
 @lru_cache(maxsize=1)
 def _common_words() -> _CommonWords:
-    nouns, groups, same = defaultdict(dict), defaultdict(set), set()
-    adjectives, colours = defaultdict(set), defaultdict(set)
-    section = []
+    nouns: dict[str, dict[str, str | None]] = defaultdict(dict)
+    groups: dict[tuple[str, str], set[int]] = defaultdict(set)
+    adjectives: dict[str, set[str]] = defaultdict(set)
+    colours: dict[str, set[str]] = defaultdict(set)
+    same: set[frozenset[str]] = set()
+    section: list[str] = []
     for number, line in enumerate((_SHIPPED_DATA / "common_words.txt").read_text("utf-8").splitlines()):
         if line.startswith("["):
             section = line.strip("[]").split()
@@ -272,7 +275,8 @@ def _ancestors(synset: Synset) -> dict[str, int]:
 
 @cache
 def _ancestors_by_name(name: str) -> dict[str, int]:
-    levels, level, current = {}, 0, [wordnet.synset(name)]
+    levels: dict[str, int] = {}
+    level, current = 0, [wordnet.synset(name)]
     while current:
         current = [synset for synset in current if synset.name() not in levels]
         levels.update((synset.name(), level) for synset in current)
@@ -353,7 +357,8 @@ def _targets(
 @lru_cache(maxsize=1)
 def _listed_synsets() -> dict[str, frozenset[int]]:
     """The synsets of the listed nouns, by name, with the groups they are in."""
-    common, groups = _common_words(), defaultdict(frozenset)
+    common = _common_words()
+    groups: dict[str, frozenset[int]] = defaultdict(frozenset)
     for number, words in common.nouns.items():
         for word in words:
             if (synset := _sense(word, number, EditOptions.max_senses)) is not None:
@@ -417,9 +422,9 @@ def _other_adjectives(word: str, kind: str, options: EditOptions) -> tuple[str, 
         names = common.colours[""]
         if options.vocabulary is not None:
             # A rose is a thing before it is a colour.
-            allowed = {
+            allowed = frozenset(
                 name for name in options.vocabulary if name in names or not _sense(name, "count", options.max_senses)
-            }
+            )
         else:
             allowed = common.colours[kind] if options.natural_colours and kind in common.colours else names
         return tuple(
@@ -429,7 +434,7 @@ def _other_adjectives(word: str, kind: str, options: EditOptions) -> tuple[str, 
             and synset.name() not in _ancestors(colour)
             and colour.name() not in _ancestors(synset)
         )
-    antonyms = set()
+    antonyms: set[str] = set()
     for synset in wordnet.synsets(word, "a")[: options.max_senses]:
         # "tiny" has no antonym itself, but is similar to "small", which has.
         direct = [antonym for lemma in synset.lemmas() for antonym in lemma.antonyms()]
@@ -760,14 +765,14 @@ class EditPrompts:
             `dict[str, list]`: `edit_prompt`, `source_term` and `target_term`, None where a row is dropped, and
             `dropped`, `find_edit`'s reason there and None elsewhere.
         """
-        columns = {"edit_prompt": [], "source_term": [], "target_term": [], "dropped": []}
+        columns: dict[str, list] = {"edit_prompt": [], "source_term": [], "target_term": [], "dropped": []}
         for row_id, caption in zip(batch["id"], batch["caption"], strict=True):
             seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{row_id}".encode()).digest()[:8], "big")
             edit = find_edit(caption, seed, self.options)
             if isinstance(edit, Edit):
-                row = (edit.prompt, edit.source_term, edit.target_term, None)
+                row = [edit.prompt, edit.source_term, edit.target_term, None]
             else:
-                row = (None, None, None, edit)
+                row = [None, None, None, edit]
             for column, value in zip(columns.values(), row, strict=True):
                 column.append(value)
         return columns

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import BatchEncoding, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from .models import ModelStage, decode, load, place
 
@@ -58,12 +58,12 @@ class EmbedPrompts(ModelStage):
         self.model = place(load(CLIPModel, options.clip_model, "clip"))
         self.dim = self.model.config.projection_dim
 
-    def prepare(self, batch: dict[str, list]) -> dict:
+    def prepare(self, batch: dict[str, list]) -> BatchEncoding:
         """`edit_prompt` (B strings) -> what the model takes."""
         # Padding to one length, so that a prompt's embedding does not depend on its neighbours in the batch.
         return self.tokenizer(batch["edit_prompt"], padding="max_length", truncation=True, return_tensors="pt")
 
     @torch.inference_mode()
-    def predict(self, inputs: dict) -> dict[str, np.ndarray]:
+    def predict(self, inputs: BatchEncoding) -> dict[str, np.ndarray]:
         """-> `embeds`, (B, D) float16, unit length."""
         return {"embeds": _unit(self.model.get_text_features(**inputs.to(self.model.device)).pooler_output)}

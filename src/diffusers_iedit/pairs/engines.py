@@ -5,15 +5,27 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
+from typing import ClassVar, Protocol, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 
-Job = Callable[[str], Iterator[int]]
-"""Builds one shard, named by a string; yields numbers of rows as these are done. Can be pickled, may be run twice."""
+Shard = TypeVar("Shard")
+
+
+class Job(Protocol):
+    """Builds one shard, named by a string; yields numbers of rows as these are done.
+
+    It can be pickled, and may be run twice.
+    """
+
+    # Whether a GPU makes it faster.
+    has_model: ClassVar[bool]
+
+    def __call__(self, shard: str) -> Iterator[int]: ...
 
 
 class LocalEngine:
@@ -28,7 +40,7 @@ class LocalEngine:
         )
         self.is_main = self.state.is_main_process
 
-    def share(self, shards: list[str]) -> list[str]:
+    def share(self, shards: list[Shard]) -> list[Shard]:
         """Those of the shards that this process builds."""
         return shards[self.state.process_index :: self.state.num_processes]
 
@@ -89,14 +101,19 @@ class RayEngine:
             raise ValueError(f"`num_workers` has to be at least 1, but is {num_workers}.")
         if not ray.is_initialized():
             # With no CPU to spare beyond its actors, Ray Data waits for ever.
-            local = {} if address else {"num_cpus": max(os.cpu_count(), num_workers + 2), "include_dashboard": False}
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
+            ray.init(
+                address=address,
+                num_cpus=None if address else max(os.cpu_count() or 1, num_workers + 2),
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
         # It tells of every stage, at length.
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         ray.data.DataContext.get_current().enable_progress_bars = False
         self.num_workers, self.gpus_per_worker = num_workers, gpus_per_worker
 
-    def share(self, shards: list[str]) -> list[str]:
+    def share(self, shards: list[Shard]) -> list[Shard]:
         """All of them: there is one driver."""
         return shards
 

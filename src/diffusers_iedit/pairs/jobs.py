@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -29,7 +29,7 @@ from .schema import FEATURES, same_tokens
 from .shards import Marker, read_marker, read_table, replacing, write_array, write_marker, write_table
 
 
-CPU_THREADS = min(8, os.cpu_count())
+CPU_THREADS = min(8, os.cpu_count() or 1)
 """Threads that decode images and encode masks beside the model."""
 
 ROWS_PER_GROUP = 100
@@ -117,8 +117,9 @@ class Job:
     def __call__(self, shard: str) -> Iterator[int]:
         """Builds the shard, unless it is there; yields numbers of rows as these are done."""
         file = self.output(shard)
-        if self.finished(shard):
-            yield read_marker(file).rows_in
+        marker = read_marker(file)
+        if marker is not None and self.finished(shard):
+            yield marker.rows_in
             return
         self.model_seconds = 0.0
         started = time.perf_counter()
@@ -152,7 +153,8 @@ class Job:
 
     def predict(self, stage: ModelStage, batches: Iterable[dict]) -> Iterator[dict]:
         """A stage's outputs, in order; other batches are prepared and finished while the model is at work."""
-        preparing, finishing = deque(), deque()
+        preparing: deque[Future[dict]] = deque()
+        finishing: deque[Future[dict]] = deque()
         with ThreadPoolExecutor(CPU_THREADS) as threads:
 
             def predict_next() -> None:
@@ -201,7 +203,7 @@ class ReadJob(Job):
 
     def build(self, shard: str, file: Path) -> Generator[int, None, Marker]:
         collection = self.options.read.collections()[self.collection]
-        whole = Marker(rows_in=0, rows_out=0, shards=[])
+        whole = Marker(rows_in=0, rows_out=0)
 
         # What an earlier run finished of this part is skipped.
         while marker := read_marker(self._shard_file(shard, whole)):
@@ -211,7 +213,8 @@ class ReadJob(Job):
             return whole
         stream = self.stream.shard(num_shards=self.parts, index=int(shard)).skip(whole.rows_in)
 
-        rows, dropped = [], Counter()
+        rows: list[dict] = []
+        dropped: Counter[str] = Counter()
         for row in read_rows(stream, collection, self.options.read, dropped):
             rows.append(row)
             if len(rows) == self.options.read.shard_size:
@@ -296,18 +299,21 @@ class EmbedJob(Job):
     """Stage 4 on one shard of what is to be embedded."""
 
     has_model = True
-    stage: ClassVar[EmbedImages | EmbedPrompts]
+
+    @cached_property
+    def stage(self) -> EmbedImages | EmbedPrompts:
+        raise NotImplementedError
 
     def rows(self, shard: str) -> dict[str, list]:
         """The stage's input: its column."""
         raise NotImplementedError
 
     def build(self, shard: str, file: Path) -> Generator[int, None, Marker]:
-        embeds = [np.empty((0, self.stage.dim), np.float16)]
+        parts = [np.empty((0, self.stage.dim), np.float16)]
         for output in self.predict(self.stage, self.batches(**self.rows(shard))):
-            embeds.append(output["embeds"])
+            parts.append(output["embeds"])
             yield len(output["embeds"])
-        embeds = np.concatenate(embeds)
+        embeds = np.concatenate(parts)
         write_array(file, embeds)
         return Marker(len(embeds), len(embeds))
 
@@ -425,7 +431,8 @@ class MaskJob(Job):
             for batch in self.batches(term=terms)
         )
         outputs = list(self.predict(self.stage, batches))
-        return tuple([value for output in outputs for value in output[name]] for name in ("mask", "grid"))
+        masks, grids = ([value for output in outputs for value in output[name]] for name in ("mask", "grid"))
+        return masks, grids
 
     def build(self, shard: str, file: Path) -> Generator[int, None, Marker]:
         options = self.options.mask
@@ -437,7 +444,7 @@ class MaskJob(Job):
             candidates.append([place for place in places if place >= 0 and targets[place] >= 0])
         rows = [row for row, places in enumerate(candidates) if places]
 
-        dropped = Counter()
+        dropped: Counter[str] = Counter()
         images = self.source.column(shard, "image")
         numbers, source_terms = edits["row"].to_pylist(), edits["source_term"].to_pylist()
         source_masks, source_grids = self.masks(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -12,6 +13,8 @@ from PIL import Image
 from .. import loading, mini
 from ..images import open_image
 
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 # Of each part the option that names it, and the one that the package ships.
 _PARTS = {
@@ -54,7 +57,7 @@ def load(cls: type, model: str, part: str):
     return loading.load(cls, model, *_PARTS[part])
 
 
-def place(model: torch.nn.Module) -> torch.nn.Module:
+def place(model: Model) -> Model:
     """The model on this process's device, ready to predict: in half precision on a GPU, which halves its time."""
     device = PartialState().device
     dtype = torch.float16 if device.type == "cuda" else torch.float32

@@ -127,7 +127,7 @@ class Collection:
             stream = None if tars else builder.as_streaming_dataset(self.split)
         except (OSError, ValueError) as error:
             raise ValueError(f"`{self.argument}` {self.path!r} cannot be opened: {error}") from error
-        if tars:
+        if stream is None:
             return self._open_tars(tars)
         if stream.features is None:
             raise ValueError(f"`{self.argument}` {self.path!r} declares no types of its columns: make parquet of it.")
@@ -151,7 +151,7 @@ class Collection:
         )
 
     def _open_tars(self, files: list[str]) -> datasets.IterableDataset:
-        columns = set()
+        columns: set[str] = set()
         for file in files:
             # A damaged tar is counted when it is read. Here the first one that is not says what there is.
             with suppress(tarfile.TarError):
@@ -205,7 +205,8 @@ def _tar_samples(file: str) -> Iterator[dict[str, bytes]]:
     try:
         # Ranges of this size are fetched, and fetched again if that fails, when the file is remote.
         with fsspec.open(file, block_size=2**25) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
-            key, sample = None, {}
+            key: str | None = None
+            sample: dict[str, bytes] = {}
             for member in tar:
                 parts = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", member.name)
                 if not member.isreg() or parts is None:
@@ -214,7 +215,10 @@ def _tar_samples(file: str) -> Iterator[dict[str, bytes]]:
                 if sample and (name != key or column in sample):
                     yield sample
                     sample = {}
-                key, sample[column] = name, tar.extractfile(member).read()
+                content = tar.extractfile(member)
+                # None is only for members that are no files.
+                assert content is not None
+                key, sample[column] = name, content.read()
             if sample:
                 yield sample
             # tarfile takes a header that it cannot read for the end, but a whole tar ends with a block of zeros.
@@ -228,7 +232,7 @@ def _tar_samples(file: str) -> Iterator[dict[str, bytes]]:
 def _tar_rows(files: list[str], image_column: str, caption_column: str | None) -> Iterator[dict]:
     for file in files:
         for sample in _tar_samples(file):
-            row = {image_column: None}
+            row: dict[str, dict[str, bytes | None] | str | None] = {image_column: None}
             if image_column in sample:
                 row[image_column] = {"bytes": sample[image_column], "path": None}
             if caption_column is not None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -337,7 +338,7 @@ class Retrieve:
                 if self._index is None:
                     found, bound = self._search_pool(queries[part], depth)
                 else:
-                    found, bound = self._search_index(queries[part], depth, probes), None
+                    found, bound = self._search_index(queries[part], depth, probes, self._index), None
                 best, scores, complete = self._rank(queries[part], sources[part], pool_rows[part], found, bound)
                 targets[part, : best.shape[1]], similarities[part, : best.shape[1]] = best, scores
                 incomplete.append(part[~complete])
@@ -364,15 +365,18 @@ class Retrieve:
         # Twice the error bound of a float32 dot product of unit vectors, in whatever order it is summed.
         return found, scores.min(axis=1) + self._pool.dim * np.finfo(np.float32).eps
 
-    def _search_index(self, queries: np.ndarray, depth: int, probes: int) -> np.ndarray:
+    @staticmethod
+    def _search_index(queries: np.ndarray, depth: int, probes: int, index: faiss.IndexIVFPQ) -> np.ndarray:
         """The `depth` pool rows that the index finds in the nearest `probes` lists, -1 where there are fewer."""
-        self._index.nprobe = min(probes, self._index.nlist)
+        index.nprobe = min(probes, index.nlist)
         nearest = [
-            self._index.quantizer.search(queries[start : start + _FEW], self._index.nprobe)
+            index.quantizer.search(queries[start : start + _FEW], index.nprobe)
             for start in range(0, len(queries), _FEW)
         ]
         scores, lists = (np.concatenate(column) for column in zip(*nearest, strict=True))
-        return self._index.search_preassigned(queries, depth, lists, scores)[1]
+        # faiss declares the arguments of the C++ method, which are not those of the Python one.
+        search: Any = index.search_preassigned
+        return search(queries, depth, lists, scores)[1]
 
     def _rank(
         self,
@@ -408,7 +412,7 @@ class Retrieve:
         found = np.where(allowed, found, -1)
         order = np.lexsort((found, -scores))[:, : self.num_candidates]
         targets, scores = np.take_along_axis(found, order, axis=1), np.take_along_axis(scores, order, axis=1)
-        worst = scores[:, -1] if scores.shape[1] == self.num_candidates else np.float32(-np.inf)
+        worst = scores[:, -1] if order.shape[1] == self.num_candidates else np.float32(-np.inf)
         return targets, scores, (worst > bound) | (bound < self.min_similarity)
 
 

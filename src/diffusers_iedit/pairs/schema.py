@@ -204,6 +204,8 @@ def _paths_elsewhere(pairs: Dataset, where: str) -> Iterator[str]:
     for name, feature in pairs.features.items():
         if not isinstance(feature, PairImage):
             continue
+        # As `_open` made it.
+        assert feature.roots is not None
         number = 0
         for chunk in pairs.data.column(name).chunks:
             for place in np.flatnonzero(chunk.field("bytes").is_null()):

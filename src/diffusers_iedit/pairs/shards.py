@@ -67,8 +67,8 @@ class Marker:
     model_seconds: float = 0.0
     # Of the shard itself, in bytes: a shard of another size was cut off or replaced.
     size: int = 0
-    # Of what a part of a collection was read into; other stages leave one shard each.
-    shards: list[str] | None = None
+    # What a part of a collection was read into; other stages leave one shard each, the marker's own.
+    shards: list[str] = field(default_factory=list)
 
 
 def _marker_file(file: Path) -> Path:
