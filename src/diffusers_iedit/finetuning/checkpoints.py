@@ -223,7 +223,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, config: dict) ->
     Raises:
         ValueError: If this is no whole checkpoint, or if it is one of another configuration.
     """
-    fault = [None]
+    faults: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
             _check_files(checkpoint)
@@ -233,8 +233,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, config: dict) ->
             advice = "no other one is whole"
             if newest:
                 advice = f"the newest whole one is {newest}: --resume_from_checkpoint {newest}"
-            fault = [f"`resume_from_checkpoint`: {checkpoint} {error}; {advice}."]
-    if fault := broadcast_object_list(fault)[0]:
+            faults = [f"`resume_from_checkpoint`: {checkpoint} {error}; {advice}."]
+    if fault := broadcast_object_list(faults)[0]:
         raise ValueError(fault)
     state = _read_state(checkpoint)
     written = state["config"]

@@ -41,7 +41,7 @@ def open_pairs(source: str, split: str = "train", tokenizer: PreTrainedTokenizer
     """
     if source != "mini":
         return load_pairs(source, split, tokenizer=tokenizer)
-    rows = {name: [] for name in FEATURES}
+    rows: dict[str, list] = {name: [] for name in FEATURES}
     held_out, seed = set(mini.held_out_captions()), MINI_SEED
     while len(rows["similarity"]) < MINI_PAIRS:
         scene = mini.render(seed, things=1, split="train")
