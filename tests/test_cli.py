@@ -380,6 +380,8 @@ def test_unreadable_image(folder, refused_at_once, kind, place):
         ("no/out.png", "there is no folder no"),
         ("taken.png", "is a folder"),
         ("in.png/out.png", "there is no folder in.png"),
+        (f"{'n' * 300}.png", "cannot be written (File name too long)"),
+        (f"{'n' * 300}/out.png", "cannot be written (File name too long)"),
     ],
 )
 def test_unwritable_output(folder, refused_at_once, out, says):
@@ -391,6 +393,22 @@ def test_unwritable_output(folder, refused_at_once, out, says):
 def test_unwritable_numbered_output(folder, refused_at_once):
     (folder / "out-2.png").mkdir()
     assert "out-2.png: is a folder" in refused_at_once("edit", "in.png", "car", "-o", "out.png", "--num-images", "2")
+
+
+def test_the_longest_name_can_be_written(folder, iedit):
+    out = folder / f"{'n' * 251}.png"
+    iedit("edit in.png car --mask-prompt car --mask-threshold 0 --steps 2 -o", str(out))
+    assert out.exists()
+
+
+@pytest.mark.parametrize(("out", "longest"), [("out.webp", 16383), ("out.jpg", 65500), ("out.jpeg", 65500)])
+def test_a_picture_that_the_format_cannot_hold_is_refused_before_the_work(folder, refused_at_once, out, longest):
+    Image.new("L", (longest + 1, 8)).save(folder / "wide.png")
+    says = f"takes at most {longest} pixels a side, and the picture has {longest + 1}x8; choose another extension"
+    assert says in refused_at_once("edit", "wide.png", "car", "-o", out)
+    assert says in refused_at_once("mask", "wide.png", "--mask-prompt", "car", "-o", out)
+    # At the limit, it is written.
+    Image.new("L", (longest, 8)).save(folder / out)
 
 
 @pytest.mark.parametrize(("error", "code"), [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)])

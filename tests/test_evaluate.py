@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -553,6 +554,50 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path, capsys):
     assert run(tmp_path) == 2
     assert "is not empty, and what it holds is no evaluation" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.fixture
+def again(finished, tmp_path):
+    """Cuts a file of a finished evaluation off, or gives it this content, and calls the evaluation again."""
+
+    def call(name, content=None):
+        shutil.copytree(finished, tmp_path / "out")
+        file = tmp_path / "out" / name
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content is None else content)
+        methods = "sdedit,iedit-m,test_evaluate:Sources"
+        return run(tmp_path / "out", "--strengths", "0.3,0.9", "--num-curve-examples", 2, methods=methods)
+
+    return call
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_batch_that_was_cut_off_is_worked_off_again(finished, tmp_path, again, content):
+    assert again("batches/iedit-m/000000.json", content) == 0
+    assert read(tmp_path / "out") == read(finished)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", None),
+        ("config.json", b"{}"),
+        ("config.json", b"[]"),
+        ("images/source/real-0000.png", None),
+        ("images/iedit-m/real-0000.png", b""),
+    ],
+)
+def test_a_damaged_file_of_an_evaluation_is_named(tmp_path, again, capsys, name, content):
+    assert again(name, content) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"iedit evaluate: error: {tmp_path / 'out' / name} is damaged")
+    assert last.endswith("take another folder.")
+
+
+@pytest.mark.parametrize("guidance_scale", ["nan", "inf"])
+def test_a_guidance_scale_that_is_no_finite_number_is_refused(tmp_path, capsys, guidance_scale):
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", "--guidance-scale", guidance_scale)
+    assert "argument --guidance-scale: has to be a finite number" in capsys.readouterr().err
 
 
 class Unforeseen(Sources):

@@ -88,14 +88,22 @@ def reshape_a_weight(file):
     save_file(weights, file, metadata={"format": "pt"})
 
 
+def remove_all(folder):
+    shutil.rmtree(folder)
+
+
 def damaged(folder, copy, name, damage):
-    """A copy of a folder in which one file is damaged."""
+    """A copy of a folder in which one file, or a folder, is damaged."""
     shutil.copytree(folder, copy)
     damage(copy / name)
     return copy
 
 
 WHATEVER_IS_DAMAGED = [
+    *[
+        (part, remove_all, f"{part}: its folder is missing")
+        for part in (*WEIGHTS, *TOKENIZERS, "scheduler", "feature_extractor")
+    ],
     *[(f"{part}/{file}", remove, f"{part}: .*no file named {file}") for part, file in WEIGHTS.items()],
     *[(f"{part}/{file}", cut_off, f"{part}: {file} is damaged or cut off") for part, file in WEIGHTS.items()],
     *[(f"{part}/{file}", empty, f"{part}: {file} is damaged or cut off") for part, file in WEIGHTS.items()],

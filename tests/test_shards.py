@@ -1,4 +1,4 @@
-"""The lock of an output folder, which the builder, the trainer and the evaluation share."""
+"""What builder, trainer and evaluation share: the lock of an output folder, and files that are replaced."""
 
 import multiprocessing
 import os
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from diffusers_iedit.pairs.shards import lock_folder
+from diffusers_iedit.pairs.shards import lock_folder, replacing
 
 
 def hold(folder, held):
@@ -50,3 +50,20 @@ def test_the_lock_goes_with_a_killed_process_though_what_it_forked_lives_on(tmp_
     process.join()
     with lock_folder(tmp_path, "training"):
         (tmp_path / "end").touch()
+
+
+def test_a_file_that_a_full_disk_leaves_no_room_for_is_named_and_as_it_was(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("before")
+
+    def write():
+        with replacing(file) as partial, open("/dev/full", "w") as full:
+            # Every write to it fails as on a full disk.
+            partial.touch()
+            full.write("after")
+            full.flush()
+
+    with pytest.raises(OSError, match=f"No space left on device: '{file}'"):
+        write()
+    assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]

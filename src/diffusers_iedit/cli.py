@@ -43,6 +43,9 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
 }
 
+# In pixels, of the formats that have one.
+LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
+
 # Arguments that go to the pipeline under their own name, so that its defaults are the only ones.
 EDIT_ARGUMENTS = (
     "prompt",
@@ -118,6 +121,7 @@ def _number(kind: type, condition: str, holds: Callable[[float], bool]) -> Calla
 
 _COUNT = _number(int, "at least 1", lambda count: count >= 1)
 _STRENGTH = _number(float, "above 0 and at most 1", lambda s: 0 < s <= 1)
+_FINITE = _number(float, "a finite number", math.isfinite)
 _PIXELS = _number(int, "at least 0", lambda pixels: pixels >= 0)
 
 
@@ -183,7 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     edit.add_argument(
         "--guidance-scale",
-        type=_number(float, "a finite number", math.isfinite),
+        type=_FINITE,
         metavar="G",
         help="how closely to follow the prompt (default: 7.5)",
     )
@@ -261,7 +265,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("split", metavar="NAME", help="of the data")
     add("num-examples", type=_COUNT, metavar="N", help="take only the first of each group")
     add("strength", type=_STRENGTH, metavar="S", help="of all methods (default: 0.7)")
-    add("guidance-scale", type=float, metavar="G", help="of all methods (default: 7.5)")
+    add("guidance-scale", type=_FINITE, metavar="G", help="of all methods (default: 7.5)")
     add(
         "steps",
         dest="num_inference_steps",
@@ -314,24 +318,39 @@ def _read_image(path: Path) -> Image.Image:
 
 def _output_paths(path: Path, num_images: int, inputs: tuple[Path, ...]) -> list[Path]:
     """OUT, or OUT-1 ... OUT-N; what would make writing them fail is found before any work is done."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder")
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(f"{path}: the extension has to be one of {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: the folder {path.parent} cannot be written to")
-    paths = [path]
-    if num_images > 1:
-        paths = [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, num_images + 1)]
-    for numbered in paths:
-        if numbered.is_dir():
-            raise UserError(f"{numbered}: is a folder")
-        for given in inputs:
-            if numbered.exists() and given.exists() and numbered.samefile(given):
-                raise UserError(f"{numbered}: is {given}, which is read and would be lost; choose another OUT")
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder")
+        if path.suffix.lower() not in FORMATS:
+            raise UserError(f"{path}: the extension has to be one of {', '.join(FORMATS)}")
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            raise UserError(f"{path}: the folder {path.parent} cannot be written to")
+        paths = [path]
+        if num_images > 1:
+            paths = [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, num_images + 1)]
+        for numbered in paths:
+            if numbered.is_dir():
+                raise UserError(f"{numbered}: is a folder")
+            for given in inputs:
+                if numbered.exists() and given.exists() and numbered.samefile(given):
+                    raise UserError(f"{numbered}: is {given}, which is read and would be lost; choose another OUT")
+    except OSError as error:
+        # A name that is too long, or a folder that may not be looked into.
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     return paths
+
+
+def _check_fits(image: Image.Image, path: Path):
+    """A result is as large as the picture; that OUT cannot hold it is found before any work is done."""
+    image_format, _ = FORMATS[path.suffix.lower()]
+    longest = LONGEST_SIDE.get(image_format)
+    if longest is not None and max(image.size) > longest:
+        raise UserError(
+            f"{path}: {image_format} takes at most {longest} pixels a side, and the picture has {image.width}x"
+            f"{image.height}; choose another extension"
+        )
 
 
 def _save(image: Image.Image, path: Path):
@@ -340,7 +359,8 @@ def _save(image: Image.Image, path: Path):
     if image_format == "JPEG" and image.mode == "RGBA":
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Without OUT's own name, which may leave no room for more.
+    part = path.with_name(f".iedit-{os.getpid()}.part")
     try:
         image.save(part, format=image_format, **options)
         os.replace(part, path)
@@ -477,6 +497,7 @@ def _edit(args: argparse.Namespace) -> tuple[str, str]:
     inputs = (args.image, args.mask) if hasattr(args, "mask") else (args.image,)
     paths = _output_paths(args.output, args.num_images, inputs)
     image = _read_image(args.image)
+    _check_fits(image, args.output)
     given = {name: getattr(args, name) for name in EDIT_ARGUMENTS if hasattr(args, name)}
     if hasattr(args, "mask"):
         given["mask_image"] = _read_image(args.mask)
@@ -515,6 +536,7 @@ def _mask(args: argparse.Namespace) -> tuple[str, str]:
         raise UserError("--source-prompt and --prompt belong together: the words that differ are looked for")
     (path,) = _output_paths(args.output, 1, (args.image,))
     image = _read_image(args.image)
+    _check_fits(image, args.output)
     _check_model(args.model)
     given = {name: getattr(args, name) for name in MASK_ARGUMENTS if hasattr(args, name)}
 

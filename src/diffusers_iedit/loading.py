@@ -255,6 +255,9 @@ def _load(cls: type[_Pretrained], folder: Path, **options):
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    if not folder.is_dir():
+        # The libraries would take its path for a Hub id: `model/scheduler`.
+        raise ValueError("its folder is missing")
     _check_files(folder)
     if issubclass(cls, torch.nn.Module):
         return _load_module(cls, folder, **options)

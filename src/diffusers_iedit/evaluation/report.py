@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..images import open_image
 from ..markdown import escape as _markdown
 from .statistics import RESAMPLES
 
@@ -471,15 +472,27 @@ def _worst_and_best(examples: list[dict], variants: list[str], metric: dict | No
     return list(dict.fromkeys(number for pair in from_both_ends for number in pair))
 
 
+def open_picture(file: Path) -> Image.Image:
+    """One of the pictures in an evaluation's folder.
+
+    Raises:
+        ValueError: If it has been damaged since it was written; the message names it.
+    """
+    try:
+        return open_image(file)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): take another folder.") from error
+
+
 def _data_uri(file: Path) -> str:
-    with Image.open(file) as image:
-        unscaled = max(image.size) <= THUMBNAIL_SIZE
-        image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-        encoded = io.BytesIO()
-        if image.mode == "L":
-            image.save(encoded, "PNG", optimize=True)
-        else:
-            # A small picture has no colours to spare.
-            image.convert("RGB").save(encoded, "JPEG", quality=85, subsampling=0 if unscaled else 2, optimize=True)
+    image = open_picture(file)
+    unscaled = max(image.size) <= THUMBNAIL_SIZE
+    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    encoded = io.BytesIO()
+    if image.mode == "L":
+        image.save(encoded, "PNG", optimize=True)
+    else:
+        # A small picture has no colours to spare.
+        image.convert("RGB").save(encoded, "JPEG", quality=85, subsampling=0 if unscaled else 2, optimize=True)
     kind = "png" if image.mode == "L" else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"

@@ -79,8 +79,11 @@ def _start(files: _Files, config: dict, variants: list[Variant], weights: dict[s
     """Checks that the folder belongs to this configuration, and makes what is to be in it."""
     known = {}
     if files.config.exists():
-        found = json.loads(files.config.read_text(encoding="utf-8"))
-        known = found.pop("weights")
+        try:
+            found = json.loads(files.config.read_text(encoding="utf-8"))
+            known = found.pop("weights")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{files.config} is damaged, or of no evaluation: take another folder.") from error
         differences = [
             f"{name} was {found.get(name)!r} and is {config.get(name)!r}"
             for name in sorted(found.keys() | config.keys())
@@ -131,15 +134,20 @@ def _edit(variant: Variant, method: Method, examples: list[Example], seeds: list
     return images
 
 
-def _errors(file: Path) -> list[str]:
-    return [key for key, found in json.loads(file.read_text())["results"].items() if "error" in found]
+def _read_batch(file: Path) -> dict | None:
+    """What a batch came to if all of it was edited without an error; None if it is to be edited (again)."""
+    try:
+        batch = json.loads(file.read_text(encoding="utf-8"))
+    # It was cut off after it was written.
+    except (FileNotFoundError, ValueError):
+        return None
+    return None if any("error" in found for found in batch["results"].values()) else batch
 
 
 def _is_done(file: Path, metrics: Metrics) -> bool:
     """Whether a batch has been edited without an error, and all of these metrics were taken."""
-    if not file.exists() or _errors(file):
-        return False
-    return set(metrics.infos) <= set(json.loads(file.read_text())["asked"])
+    batch = _read_batch(file)
+    return batch is not None and set(metrics.infos) <= set(batch["asked"])
 
 
 def _work_off(
@@ -153,14 +161,14 @@ def _work_off(
 ) -> None:
     """Edits and measures one batch, or only measures it, if that is all that is left to do."""
     errors = {}
-    if not file.exists() or _errors(file):
+    if _read_batch(file) is None:
         for example, found in zip(examples, _edit(variant, method, examples, seeds), strict=True):
             if isinstance(found, str):
                 errors[example.key] = {"error": found}
             else:
                 write_image(found, files.image(variant.slug, example.key))
     done = [example for example in examples if example.key not in errors]
-    images = [Image.open(files.image(variant.slug, example.key)).convert("RGB") for example in done]
+    images = [report.open_picture(files.image(variant.slug, example.key)).convert("RGB") for example in done]
     measured = dict(zip([example.key for example in done], metrics.measure(done, images), strict=True))
     write_json({"asked": sorted(metrics.infos), "results": errors | measured}, file)
 
@@ -170,7 +178,7 @@ def _add_fid(files: _Files, metrics: Metrics, rows: list[dict], variants: list[V
 
     def features(folder: str, keys: list[str]) -> torch.Tensor:
         batches = (keys[start : start + FEATURES_BATCH] for start in range(0, len(keys), FEATURES_BATCH))
-        opened = ([Image.open(files.image(folder, key)).convert("RGB") for key in batch] for batch in batches)
+        opened = ([report.open_picture(files.image(folder, key)).convert("RGB") for key in batch] for batch in batches)
         return torch.cat([metrics.features(images) for images in opened])
 
     # Of fewer pictures than the others, it would be another number.

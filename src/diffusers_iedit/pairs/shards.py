@@ -27,6 +27,11 @@ def replacing(file: Path) -> Iterator[Path]:
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, file)
+    except OSError as error:
+        # A full disk, for one, comes without the name of what could not be written.
+        if error.errno is not None and error.filename is None:
+            error.filename = str(file)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
