@@ -144,6 +144,72 @@ def test_the_world_needs_no_torch():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
+# Large pictures
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3, 5])
+def test_a_large_picture_is_a_grid_of_scenes_as_render_draws_them(grid):
+    large = mini.render_large(0, grid)
+    assert (large.image.mode, large.image.size) == ("RGB", (64 * grid, 64 * grid))
+    assert len(large.scenes) == grid**2
+    for index, scene in enumerate(large.scenes):
+        top, left = 64 * (index // grid), 64 * (index % grid)
+        assert large.image.crop((left, top, left + 64, top + 64)).tobytes() == scene.image.tobytes()
+
+
+def test_the_same_seed_draws_the_same_large_picture_on_every_machine():
+    large = mini.render_large(0, 3)
+    drawn = hashlib.sha256(large.image.tobytes() + large.mask.tobytes()).hexdigest()
+    assert (large.caption, large.thing.name) == ("a green tree in deep snow", "green tree")
+    assert drawn == "2b033b90e7719377e24b41ea73a709c8394d9b1b05e158bba64593e6a08de096"
+
+
+def test_a_large_picture_names_masks_and_frames_the_thing_to_edit():
+    cells = set()
+    for seed in range(10):
+        large = mini.render_large(seed, 3)
+        cells.add(large.cell)
+        assert large.image.crop(large.cell).tobytes() == large.scene.image.tobytes()
+        assert large.mask.crop(large.cell).tobytes() == large.scene.mask.tobytes()
+        assert (large.mask.mode, large.mask.size) == ("L", large.image.size)
+        assert pixels(large.mask).sum() == pixels(large.scene.mask).sum()
+        assert large.caption == large.scene.caption
+        assert large.thing.name in large.caption
+    assert len(cells) > 3
+
+
+@pytest.mark.parametrize("grid", [2, 8])
+def test_the_thing_to_edit_stands_nowhere_else_in_a_large_picture(grid):
+    for seed in range(10):
+        large = mini.render_large(seed, grid)
+        nouns = [thing.noun for scene in large.scenes for thing in scene.things]
+        assert nouns.count(large.thing.noun) == 1
+
+
+@pytest.mark.parametrize("change", [{"thing": "hat"}, {"colour": "pink"}, {"thing": "fish", "colour": "white"}])
+def test_a_swap_in_a_large_picture_is_that_of_its_scene_and_nothing_else(change):
+    for seed in range(4):
+        large = mini.render_large(seed, 3)
+        edited = large.swap(**change)
+        assert edited.cell == large.cell
+        assert edited.scene == large.scene.swap(**change)
+        assert edited.caption == edited.scene.caption
+        assert edited.image.crop(edited.cell).tobytes() == edited.scene.image.tobytes()
+        assert not differs(large, edited)[~is_thing(large) & ~is_thing(edited)].any()
+
+
+def test_the_scenes_of_a_large_picture_are_of_the_kind_that_is_asked_for():
+    large = mini.render_large(0, 3, things=1, split="held_out")
+    assert {len(scene.things) for scene in large.scenes} == {1}
+    assert all(scene.held_out for scene in large.scenes)
+
+
+@pytest.mark.parametrize("grid", [0, -1, 2.0, "2"])
+def test_a_grid_that_is_no_number_of_scenes_is_an_error(grid):
+    with pytest.raises(ValueError, match=rf"`grid` has to be an integer of at least 1.*{grid!r}"):
+        mini.render_large(0, grid)
+
+
 # The models
 
 

@@ -1,9 +1,11 @@
 """Where to edit: the words in which two captions differ, CLIPSeg masks for them, and mask clean-up (Sec. 3.4)."""
 
 import html
+import math
 import re
 import unicodedata
 from difflib import SequenceMatcher
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,20 @@ _NOUNS_LIKE_PARTICIPLES = frozenset(
     "awning building ceiling clothing drawing earring evening icing morning painting railing spring "
     "string tweed wedding".split()
 )
+
+MAX_LOOKS = 640
+"""How often `search` shows a picture, or a part of one, to the mask model at most: enough for tiles of 352 pixels, the
+input of CLIPSeg, in a photo of 12 megapixels."""
+
+_MAX_TILES = 512  # of these looks; the others are one at the whole picture and second looks
+
+# By how much a look is enlarged to the mask model's own input at most. The mini CLIPSeg was trained on pictures that
+# were enlarged as much, and hardly finds a thing that is smaller in its input.
+_MAX_ENLARGEMENT = 1.5
+
+_SURROUNDINGS = 1.5  # how wide a second look is, in widths of what it looks at
+
+_BATCH_SIZE = 16
 
 
 def _content_words(words: list[str]) -> list[str]:
@@ -125,6 +141,278 @@ def segment(mask_model, mask_processor, images: list[Image.Image], terms: list[s
     return F.interpolate(logits, size=(height, width), mode="bilinear").sigmoid()
 
 
+def _around_marked(mask: torch.Tensor, margin: int) -> torch.Tensor:
+    """The view of (B, 1, H, W) that holds all that is above 0, and `margin` pixels around it."""
+    marked = mask.amax((0, 1))
+    if not marked.any():
+        return mask[..., :0, :0]
+    bounds = [marked.amax(dim).nonzero()[[0, -1], 0].tolist() for dim in (1, 0)]
+    rows, columns = (slice(max(first - margin, 0), last + 1 + margin) for first, last in bounds)
+    return mask[..., rows, columns]
+
+
+def _grow(mask: torch.Tensor, radius: int) -> torch.Tensor:
+    # Two one-dimensional windows give the square at a cost that grows with its side, not its area.
+    window = 2 * radius + 1
+    mask = F.max_pool2d(mask, (window, 1), stride=1, padding=(radius, 0))
+    return F.max_pool2d(mask, (1, window), stride=1, padding=(0, radius))
+
+
+class SearchResult(NamedTuple):
+    """What `search` found, and how far it looked.
+
+    Attributes:
+        probability (`torch.Tensor`): In [0, 1], float32 on the CPU, shape (1, H, W); nowhere above the threshold where
+            nothing was found.
+        highest (`float`): The highest probability of all that was looked at. What a second look took back counts with
+            what was left of it.
+        looks (`int`): How often the mask model looked, `MAX_LOOKS` at most.
+        smallest_look (`tuple[int, int]`): Width and height of the smallest part of the image that it looked at.
+    """
+
+    probability: torch.Tensor
+    highest: float
+    looks: int
+    smallest_look: tuple[int, int]
+
+    @property
+    def extent(self) -> str:
+        """How far the search went, for an error message."""
+        width, height = self.smallest_look
+        return (
+            f"the highest is {self.highest:.3f}; number of looks: {self.looks}, the closest at {width}x{height} pixels"
+        )
+
+
+def search(
+    mask_model, mask_processor, image: Image.Image, term: str, threshold: float = 0.5, device=None
+) -> SearchResult:
+    """Like `segment`, but finds what is small in a large image, too.
+
+    1. The whole image, as in `segment`. If something large is found, this is its mask.
+    2. A second look at what is small: at a square around it, 1.5 times as wide. What it does not show was nothing.
+       Where it is much closer than the look before, what it shows gets another one. The mask is the mean of the last
+       two looks.
+    3. If nothing is left, overlapping square tiles, from coarse to fine, each scale with tiles half as wide as those
+       before. What the border of one cuts is whole in another: a pixel has the highest probability that a tile gives
+       it. What is found gets a second look, too.
+
+    The first scale at which something is found is the last, and all that is found there is kept. The finest tiles are
+    two thirds as wide as the mask model's own input; in large images, as fine as 512 tiles of all scales allow. An
+    image no larger than the model's own input is looked at once, for there is no more to see.
+
+    Args:
+        mask_model (`CLIPSegForImageSegmentation`): The segmentation model.
+        mask_processor (`CLIPSegProcessor`): Its processor.
+        image (`PIL.Image.Image`): An RGB image, H x W, 8 pixels a side or more.
+        term (`str`): What to look for.
+        threshold (`float`): The probability in [0, 1) above which something is found.
+        device (`torch.device`, *optional*): Where the model runs; its own device by default.
+
+    Returns:
+        `SearchResult`: The probabilities, (1, H, W), and how far the search went, within `MAX_LOOKS` looks.
+
+    Raises:
+        `FloatingPointError`: If the model gives NaN or infinity.
+    """
+    return _Search(mask_model, mask_processor, image, term, threshold, device).run()
+
+
+class _Search:
+    """One search: what looks, for what, and how often it has looked."""
+
+    def __init__(self, mask_model, mask_processor, image, term, threshold, device):
+        self.mask_model, self.mask_processor, self.device = mask_model, mask_processor, device
+        self.image, self.term, self.threshold = image, term, threshold
+        self.input_size = mask_model.config.vision_config.image_size
+        self.patch_size = mask_model.config.vision_config.patch_size
+        self.closest = math.ceil(self.input_size / _MAX_ENLARGEMENT)
+        self.highest, self.looks, self.smallest_look = 0.0, 0, image.size
+        self.second_looks_left = MAX_LOOKS - _MAX_TILES - 1
+
+    def run(self) -> SearchResult:
+        whole = self._look([self.image])[0]
+        found: torch.Tensor | None = whole
+        side = max(self.image.size)
+        if side > self.input_size:
+            boxes = self._boxes(whole, side)
+            if all(4 * max(right - left, bottom - top) < side for left, top, right, bottom in boxes):
+                found = self._look_again(whole, side, boxes)
+            for side in _tile_sides(self.image.size, self.input_size, self.closest):
+                if found is not None:
+                    break
+                tiles = self._look_at_tiles(side)
+                found = self._look_again(tiles, side, self._boxes(tiles, side))
+        if found is None:
+            found = torch.zeros_like(whole)
+        return SearchResult(found, max(self.highest, found.max().item()), self.looks, self.smallest_look)
+
+    def _look(self, pictures: list[Image.Image]) -> torch.Tensor:
+        """Pictures of one size -> their probabilities, (B, 1, h, w)."""
+        self.looks += len(pictures)
+        probability = segment(self.mask_model, self.mask_processor, pictures, [self.term] * len(pictures), self.device)
+        # It would be below every threshold.
+        if not probability.isfinite().all():
+            raise FloatingPointError("`mask_model` gives NaN or infinity.")
+        return probability
+
+    def _note_size(self, width: int, height: int):
+        self.smallest_look = min(self.smallest_look, (width, height), key=math.prod)
+
+    def _look_at_tiles(self, side: int) -> torch.Tensor:
+        """The highest probabilities that tiles give, (1, h, w): the image in the scale that makes a tile the input."""
+        self._note_size(*(min(side, length) for length in self.image.size))
+        size = _scaled(self.image.size, self.input_size / side)
+        picture = self.image.resize(size, Image.Resampling.BILINEAR)
+        highest = torch.zeros(1, size[1], size[0])
+        boxes = _tiles(size, self.input_size)
+        for start in range(0, len(boxes), _BATCH_SIZE):
+            batch = boxes[start : start + _BATCH_SIZE]
+            for box, probability in zip(batch, self._look([picture.crop(box) for box in batch]), strict=True):
+                part = _part(highest, box)
+                torch.maximum(part, probability, out=part)
+        return highest
+
+    def _boxes(self, probability: torch.Tensor, side: int) -> list[tuple[int, int, int, int]]:
+        """The boxes, in the image, of what was found in looks `side` wide, the most probable first."""
+        found = probability > self.threshold
+        self.highest = max(self.highest, probability.masked_fill(found, 0).max().item())
+        across = self.image.width / probability.shape[2]
+        down = self.image.height / probability.shape[1]
+        # What lies within a patch of the model is one thing to it; cells that touch are connected.
+        cell = max(round(self.patch_size / 2 * side / self.input_size / max(across, down)), 1)
+        boxes = sorted(_connected(found[0], cell), key=lambda box: -_part(probability, box).max().item())
+        return [
+            (int(left * across), int(top * down), math.ceil(right * across), math.ceil(bottom * down))
+            for left, top, right, bottom in boxes
+        ]
+
+    def _look_again(self, probability: torch.Tensor, side: int, boxes) -> torch.Tensor | None:
+        """What was found in looks `side` wide and stands another look, (1, H, W), or `None` for nothing."""
+        width, height = self.image.size
+        kept = None
+        for box in boxes:
+            if max(box[2] - box[0], box[3] - box[1]) < side:
+                box, shown = self._confirm(box, probability, (0, 0, width, height), side)
+            else:  # wider than a tile: it was looked at closely enough, piece by piece
+                shown = _resample(probability, (0, 0, width, height), box)
+            if not self._shows(shown):
+                continue
+            if kept is None:
+                kept = torch.zeros(1, height, width)
+            part = _part(kept, box)
+            torch.maximum(part, shown, out=part)
+        return kept
+
+    def _shows(self, probability: torch.Tensor | None) -> bool:
+        if probability is None:
+            return False
+        highest = probability.max().item()
+        if highest <= self.threshold:
+            self.highest = max(self.highest, highest)
+        return highest > self.threshold
+
+    def _confirm(self, box, before: torch.Tensor, region, side: int):
+        """Look closer at a box that a look `side` wide found, with the probabilities `before` in `region`.
+
+        Returns:
+            `tuple`: The box of the last look, (left, top, right, bottom), and the mean, (1, h, w) there, of the
+            probabilities of the last two looks, or `None` where nothing was seen any more.
+        """
+        while self.second_looks_left:
+            self.second_looks_left -= 1
+            extent = max(box[2] - box[0], box[3] - box[1])
+            here = _around(box, max(round(_SURROUNDINGS * extent), self.closest), self.image.size)
+            self._note_size(here[2] - here[0], here[3] - here[1])
+            shown = self._look([self.image.crop(here)])[0]
+            if not self._shows(shown):
+                break
+            if side <= max(4 * extent, self.closest):
+                common = (*map(max, here[:2], region[:2]), *map(min, here[2:], region[2:]))
+                part = _part(shown, [at - here[index % 2] for index, at in enumerate(common)])
+                part.add_(_resample(before, region, common)).div_(2)
+                return here, shown
+            rows, columns = (shown[0] > self.threshold).nonzero().T + torch.tensor([[here[1]], [here[0]]])
+            box = (columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1)
+            before, region, side = shown, here, max(here[2] - here[0], here[3] - here[1])
+        return box, None
+
+
+def _resample(probability: torch.Tensor, region, box) -> torch.Tensor:
+    """Of probabilities (1, *, *) that fill `region`, the part that lies in `box`: (1, h, w) in pixels of the image."""
+    across = probability.shape[2] / (region[2] - region[0])
+    down = probability.shape[1] / (region[3] - region[1])
+    left, right = (round((at - region[0]) * across) for at in (box[0], box[2]))
+    top, bottom = (round((at - region[1]) * down) for at in (box[1], box[3]))
+    part = _part(probability, (left, top, max(right, left + 1), max(bottom, top + 1)))
+    return F.interpolate(part[None], size=(box[3] - box[1], box[2] - box[0]), mode="bilinear")[0]
+
+
+def _part(tensor: torch.Tensor, box) -> torch.Tensor:
+    left, top, right, bottom = box
+    return tensor[..., top:bottom, left:right]
+
+
+def _scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
+    # Image processors take three rows of pixels for three channels.
+    width, height = (max(round(length * factor), 4) for length in size)
+    return width, height
+
+
+def _tiles(size: tuple[int, int], side: int) -> list[tuple[int, int, int, int]]:
+    """Boxes of `side` pixels, or as large as the picture, that overlap by half and cover it."""
+
+    def starts(length):
+        return [*range(0, length - side, side // 2), max(length - side, 0)]
+
+    width, height = size
+    return [
+        (left, top, min(left + side, width), min(top + side, height))
+        for top in starts(height)
+        for left in starts(width)
+    ]
+
+
+def _tile_sides(size: tuple[int, int], input_size: int, finest: int) -> list[int]:
+    """The sides of the tiles of all scales, from coarse to fine: each half of the one before, as fine as allowed."""
+    while True:
+        sides = [finest]
+        while 2 * sides[0] < max(size):
+            sides.insert(0, 2 * sides[0])
+        if sum(len(_tiles(_scaled(size, input_size / side), input_size)) for side in sides) <= _MAX_TILES:
+            return sides
+        finest = math.ceil(1.02 * finest)
+
+
+def _connected(found: torch.Tensor, cell: int) -> list[tuple[int, int, int, int]]:
+    """The boxes of what is connected in a mask (h, w) of bools: its cells of so many pixels touch, if by a corner."""
+    marked = F.max_pool2d(found[None].float(), cell, ceil_mode=True)[0].nonzero()
+    cells, boxes = set(map(tuple, marked.tolist())), []
+    while cells:
+        edge = [cells.pop()]
+        rows, columns = set(), set()
+        while edge:
+            row, column = edge.pop()
+            rows.add(row)
+            columns.add(column)
+            around = {(row + down, column + right) for down in (-1, 0, 1) for right in (-1, 0, 1)} & cells
+            cells -= around
+            edge += around
+        top, left = cell * min(rows), cell * min(columns)
+        part = found[top : cell * (max(rows) + 1), left : cell * (max(columns) + 1)].nonzero()
+        (first_row, first_column), (last_row, last_column) = part.amin(0).tolist(), part.amax(0).tolist()
+        boxes.append((left + first_column, top + first_row, left + last_column + 1, top + last_row + 1))
+    return boxes
+
+
+def _around(box: tuple[int, int, int, int], side: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The square of `side` pixels about a box's middle: moved into the picture, and no larger than it."""
+    width, height = (min(side, length) for length in size)
+    left = min(max((box[0] + box[2] - width) // 2, 0), size[0] - width)
+    top = min(max((box[1] + box[3] - height) // 2, 0), size[1] - height)
+    return left, top, left + width, top + height
+
+
 def dilate(mask: torch.Tensor, radius: int) -> torch.Tensor:
     """Grow a mask by `radius` pixels in every direction (grey-level dilation by a square).
 
@@ -135,10 +423,11 @@ def dilate(mask: torch.Tensor, radius: int) -> torch.Tensor:
     Returns:
         `torch.Tensor`: The grown mask, same shape.
     """
-    window = 2 * radius + 1
-    # Two one-dimensional windows give the square at a cost that grows with its side, not its area.
-    mask = F.max_pool2d(mask, (window, 1), stride=1, padding=(radius, 0))
-    return F.max_pool2d(mask, (1, window), stride=1, padding=(0, radius))
+    grown = mask.clone()
+    part = _around_marked(grown, radius)
+    if radius and part.numel():
+        part.copy_(_grow(part, radius))
+    return grown
 
 
 def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
@@ -154,10 +443,13 @@ def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
     Returns:
         `torch.Tensor`: The feathered mask, same shape and support.
     """
-    eroded = total = mask
+    feathered = mask.clone()
+    part = _around_marked(feathered, 1)
+    eroded = total = part
     for _ in range(width):
-        eroded = 1 - dilate(1 - eroded, 1)
+        eroded = 1 - _grow(1 - eroded, 1)
         if not eroded.any():
             break
         total = total + eroded
-    return total / (width + 1)
+    part.copy_(total / (width + 1))
+    return feathered

@@ -7,6 +7,7 @@ from .world import (
     NOUNS,
     SCENES,
     SIZE,
+    LargeScene,
     Scene,
     Thing,
     caption,
@@ -14,6 +15,7 @@ from .world import (
     held_out_captions,
     held_out_combinations,
     render,
+    render_large,
 )
 
 
@@ -22,6 +24,7 @@ __all__ = [
     "NOUNS",
     "SCENES",
     "SIZE",
+    "LargeScene",
     "Scene",
     "Thing",
     "base_unet_path",
@@ -35,6 +38,7 @@ __all__ = [
     "mask_model_path",
     "model_path",
     "render",
+    "render_large",
     "tiny_vae_path",
     "vgg_path",
 ]

@@ -1,8 +1,9 @@
 """The mini world: pictures drawn in code, with their captions, exact masks and exact edits.
 
 A scene holds one thing ("a red car on green grass") or two side by side ("a red car and a blue ball on green grass",
-the left one named first). Everything follows from an integer seed, on every machine. Because the picture is drawn and
-not photographed, the true mask of each thing and the true picture after an edit are known.
+the left one named first); a large scene is a grid of scenes in one picture, with small things. Everything follows from
+an integer seed, on every machine. Because the picture is drawn and not photographed, the true mask of each thing and
+the true picture after an edit are known.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ SCENES = {
     "on calm water": ((240, 196, 172), (248, 222, 196), (98, 152, 184), (58, 108, 150)),
     "under a night sky": ((16, 20, 52), (40, 44, 88), (52, 56, 72), (34, 36, 50)),
 }
+
+# Seeds of the scenes in large pictures, which nothing else uses: trainings draw from 1,000,000 up, pools from 200,000
+# up, benchmarks and measurements from below 160,000.
+LARGE_SCENE_SEEDS = range(160_000, 200_000)
 
 DARK, LIGHT, GLASS, WOOD, SKIN = (44, 42, 50), (250, 250, 246), (190, 224, 240), (122, 80, 48), (250, 176, 60)
 
@@ -277,6 +282,59 @@ class Scene:
         return replace(self, things=(*self.things[:index], new, *self.things[index + 1 :]), focus=index)
 
 
+@dataclass(frozen=True)
+class LargeScene:
+    """grid x grid scenes as one picture, row by row. `focus` is the index of the scene that an edit concerns."""
+
+    scenes: tuple[Scene, ...]
+    grid: int
+    focus: int
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The picture: PIL RGB, grid * SIZE a side."""
+        image = Image.new("RGB", (self.grid * SIZE, self.grid * SIZE))
+        for index, scene in enumerate(self.scenes):
+            image.paste(scene.image, self._cell(index))
+        return image
+
+    @property
+    def scene(self) -> Scene:
+        """The scene that an edit concerns."""
+        return self.scenes[self.focus]
+
+    @property
+    def caption(self) -> str:
+        """The caption of this scene alone."""
+        return self.scene.caption
+
+    @property
+    def thing(self) -> Thing:
+        """The thing that an edit concerns, as its scene has it: `thing.name` are the words that name it."""
+        return self.scene.thing
+
+    @property
+    def cell(self) -> tuple[int, int, int, int]:
+        """The box of this scene in the large picture: left, top, right, bottom, the last two exclusive."""
+        return self._cell(self.focus)
+
+    @cached_property
+    def mask(self) -> Image.Image:
+        """The mask of the thing that an edit concerns: PIL L, as large as the picture, 255 = the thing."""
+        mask = Image.new("L", self.image.size)
+        mask.paste(self.scene.mask, self.cell)
+        return mask
+
+    def swap(self, thing: str | None = None, colour: str | None = None) -> LargeScene:
+        """The true edit: another thing or colour in the place of the one that an edit concerns, as in `Scene.swap`."""
+        edited = self.scene.swap(thing, colour)
+        return replace(self, scenes=(*self.scenes[: self.focus], edited, *self.scenes[self.focus + 1 :]))
+
+    def _cell(self, index: int) -> tuple[int, int, int, int]:
+        top, left = (SIZE * place for place in divmod(index, self.grid))
+        return left, top, left + SIZE, top + SIZE
+
+
 def caption(things: list[tuple[str, str]], scene: str) -> str:
     """The caption of (noun, colour) pairs, named from left to right, in a scene of SCENES."""
     named = [f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {noun}" for noun, colour in things]
@@ -347,3 +405,31 @@ def render(seed: int, things: Literal[1, 2] | None = None, split: Split | None =
         box = tuple(round(SUPERSAMPLING * value) for value in (x - side / 2, y - side / 2, side))
         drawn.append(Thing(noun, colour, box))
     return Scene(tuple(drawn), scene, background_seed=int(2**32 * rng.random()), focus=pick(range(count)))
+
+
+def render_large(seed: int, grid: int, things: Literal[1, 2] | None = None, split: Split | None = None) -> LargeScene:
+    """Draws grid x grid scenes as one picture: many times the models' size, with one small thing that is to change.
+
+    A thing of its kind stands nowhere else in the picture, in no colour, so that "car" names it as "red car" does.
+
+    Args:
+        seed: any integer; the same seed gives the same picture everywhere. No model was trained on its scenes.
+        grid: how many scenes a side, 1 or more; the picture has grid * SIZE pixels a side.
+        things: how many things every scene has; by default one in the scene that an edit concerns, one or two in the
+            others.
+        split: of every scene, as in `render`.
+    """
+    if not isinstance(grid, int) or grid < 1:
+        raise ValueError(f"`grid` has to be an integer of at least 1 (scenes a side), but is {grid!r}.")
+    rng = random.Random(seed)
+
+    def draw(things):
+        return render(LARGE_SCENE_SEEDS[int(rng.random() * len(LARGE_SCENE_SEEDS))], things, split)
+
+    focus, asked = int(rng.random() * grid**2), draw(things or 1)
+    scenes: list[Scene] = []
+    while len(scenes) < grid**2:
+        scene = asked if len(scenes) == focus else draw(things)
+        if scene is asked or asked.thing.noun not in [thing.noun for thing in scene.things]:
+            scenes.append(scene)
+    return LargeScene(tuple(scenes), grid, focus)
