@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import icc_profiles
 import numpy as np
 import pytest
 import tiny_models
@@ -196,7 +197,7 @@ def test_a_picture_over_twice_the_models_size_is_processed_at_the_models_size(fo
     mask = Image.open("mask.png")
     ImageDraw.Draw(mask).rectangle((40, 40, 80, 70), fill=255)
     mask.save("mask.png")
-    line = iedit(f"edit large.png car -o out.png --mask mask.png --seed 1 {QUICK}")
+    line = iedit(f"edit large.png car -o out.png --mask mask.png --whole-frame --seed 1 {QUICK}")
     assert line.endswith(", seed 1, processed at 64 px")
     assert (pixels("out.png") == noise)[pixels("mask.png") == 0].all()
     assert iedit(f"edit large.png car -o out.png --seed 1 --processing-resolution 130 {QUICK}").endswith("seed 1")
@@ -259,20 +260,92 @@ def test_alpha_is_kept_and_flattened_onto_white_for_jpeg(folder, iedit):
     assert pixels("out.jpg")[:8, :8].min() > 250
 
 
-@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "tif"])
-def test_no_metadata_is_copied_and_the_picture_is_upright(folder, iedit, extension):
+@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "tif", "avif"])
+def test_of_the_metadata_colour_profile_and_dpi_are_kept_and_the_picture_is_upright(folder, iedit, extension):
     exif = Image.Exif()
     exif[0x0112] = 6  # Orientation: turn by 90 degrees to see it upright.
     exif[0x010F] = "a camera"
-    Image.open("in.png").save("in.jpg", exif=exif, icc_profile=b"a profile", comment=b"a comment")
+    profile = icc_profiles.display_p3()
+    Image.open("in.png").save("in.jpg", exif=exif, icc_profile=profile, comment=b"a comment", dpi=(300, 300))
     iedit(f"edit in.jpg car -o out.{extension} {QUICK}")
     data = (folder / f"out.{extension}").read_bytes()
     assert b"a camera" not in data
-    assert b"a profile" not in data
     assert b"a comment" not in data
     with Image.open(f"out.{extension}") as image:
         assert image.size == (48, 64)
         assert 0x0112 not in image.getexif()
+        assert image.info["icc_profile"] == profile
+        if extension in ("png", "jpg", "tif"):
+            assert [round(value) for value in image.info["dpi"]] == [300, 300]
+
+
+@pytest.mark.parametrize("extension", ["jpg", "avif"])
+def test_what_compresses_the_background_is_said(folder, iedit, extension):
+    line = iedit(f"edit in.png car -o out.{extension} --mask mask.png {QUICK}")
+    assert "compresses what was not edited anew (PNG keeps every byte)" in line
+    assert "compresses" not in iedit(f"edit in.png car -o out.png --mask mask.png {QUICK}")
+
+
+def test_sixteen_bits_and_further_frames_are_said(folder, iedit):
+    grey = np.linspace(0, 65535, 64 * 48, dtype=np.uint16).reshape(48, 64)
+    Image.fromarray(grey).save("deep.png")
+    assert ", reduced to 8 bits" in iedit(f"edit deep.png car -o out.png {QUICK}")
+    frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue", "green")]
+    frames[0].save("moving.webp", save_all=True, append_images=frames[1:])
+    assert ", the first of 3 frames" in iedit(f"edit moving.webp car -o out.png {QUICK}")
+    line = iedit(f"edit in.png car -o out.png {QUICK}")
+    assert "bits" not in line
+    assert "frames" not in line
+
+
+def test_heic_names_the_package_that_reads_it(folder, model, capfd):
+    (folder / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(64))
+    assert cli.main(["edit", "photo.heic", "car", "-o", "out.png", "--model", str(model)]) == 2
+    assert "photo.heic: cannot be read as an image" in (message := capfd.readouterr().err)
+    assert "pip install pillow-heif" in message
+
+
+# Small things in large pictures
+
+
+def large_picture(folder, box=(200, 100, 220, 112), size=(400, 300)):
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "large.png")
+    mask = Image.new("L", size, 0)
+    mask.paste(255, box)
+    mask.save(folder / "small.png")
+
+
+def test_a_small_thing_in_a_large_picture_is_cut_out_with_half_its_length_around_it(folder, iedit):
+    large_picture(folder)
+    line = iedit(f"edit large.png car -o out.png --mask small.png --seed 1 {QUICK}")
+    assert line.endswith(", the 40x40 px around the mask edited at 64 px")
+    iedit(f"edit large.png car -o by-hand.png --mask small.png --crop-padding 10 --seed 1 {QUICK}")
+    assert (folder / "out.png").read_bytes() == (folder / "by-hand.png").read_bytes()
+    assert (pixels("out.png") == pixels("large.png"))[pixels("small.png") == 0].all()
+
+
+def test_whole_frame_and_crop_padding_decide_otherwise(folder, iedit):
+    large_picture(folder)
+    line = iedit(f"edit large.png car -o out.png --mask small.png --whole-frame {QUICK}")
+    assert line.endswith(", processed at 64 px")
+    line = iedit(f"edit large.png car -o out.png --mask small.png --crop-padding 20 --mask-dilation 5 {QUICK}")
+    assert line.endswith(", the 70x70 px around the mask edited at 64 px")
+
+
+def test_a_picture_of_the_models_size_or_all_marked_is_edited_whole(folder, iedit):
+    assert "around the mask" not in iedit(f"edit in.png car -o out.png --mask mask.png {QUICK}")
+    large_picture(folder, box=(0, 0, 400, 300))
+    assert iedit(f"edit large.png car -o out.png --mask small.png {QUICK}").endswith(", processed at 64 px")
+
+
+def test_crop_padding_without_a_mask_is_an_error(folder, model, capfd):
+    assert cli.main(["edit", "in.png", "car", "-o", "out.png", "--crop-padding", "8", "--model", str(model)]) == 2
+    assert "--crop-padding needs a mask" in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["edit", "in.png", "car", "-o", "out.png", "--crop-padding", "-1", "--model", str(model)])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["edit", "in.png", "car", "-o", "out.png", "--crop-padding", "1", "--whole-frame"])
 
 
 def test_a_result_of_an_earlier_run_is_replaced(folder, iedit):

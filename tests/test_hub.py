@@ -11,7 +11,7 @@ from PIL import Image
 from diffusers_iedit import mini
 
 
-CODE_FILES = {"pipeline.py", "scheduling_iedit.py", "masking_iedit.py"}
+CODE_FILES = {"pipeline.py", "scheduling_iedit.py", "masking_iedit.py", "regions_iedit.py"}
 STOCK = {"vae", "text_encoder", "tokenizer", "unet", "scheduler"}
 UNET = "unet/diffusion_pytorch_model.safetensors"
 CARD = b"---\nlicense: mit\nlibrary_name: diffusers\n---\n\n# Written by hand\n"

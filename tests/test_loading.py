@@ -24,7 +24,7 @@ from diffusers_iedit import IEditMaskedScheduler, IEditPipeline
 
 
 PACKAGE = Path(diffusers_iedit.__file__).parent
-CODE_FILES = {"pipeline.py", "scheduling_iedit.py", "masking_iedit.py"}
+CODE_FILES = {"pipeline.py", "scheduling_iedit.py", "masking_iedit.py", "regions_iedit.py"}
 
 
 @pytest.fixture(scope="module")

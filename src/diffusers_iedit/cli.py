@@ -32,16 +32,20 @@ DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
 MASK_MODEL = "CIDAS/clipseg-rd64-refined"
 CAPTIONER = "Salesforce/blip-image-captioning-large"
 
-# What each extension is written as. WebP is asked to be lossless, as the background is meant to stay exact.
+# What each extension is written as, losslessly where the format can, as the background is meant to stay exact.
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
     ".webp": ("WEBP", {"lossless": True}),
     ".tif": ("TIFF", {}),
     ".tiff": ("TIFF", {}),
     ".bmp": ("BMP", {}),
+    ".avif": ("AVIF", {"quality": 95, "subsampling": "4:4:4"}),
     ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
 }
+
+# The formats among them that compress what was not edited anew.
+LOSSY = ("AVIF", "JPEG")
 
 # In pixels, of the formats that have one.
 LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
@@ -58,9 +62,13 @@ EDIT_ARGUMENTS = (
     "num_inference_steps",
     "guidance_scale",
     "negative_prompt",
+    "padding_mask_crop",
     "processing_resolution",
 )
 MASK_ARGUMENTS = ("prompt", "mask_prompt", "source_prompt", "mask_threshold", "mask_dilation", "mask_feather")
+
+# The options that name what CLIPSeg is to look for.
+WHERE = ("mask_prompt", "source_prompt")
 
 GOES_ON = "Run the same command again to go on."
 
@@ -183,7 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="num_inference_steps",
         type=_COUNT,
         metavar="N",
-        help="denoising steps at strength 1; --num-inference-steps is the same (default: 50)",
+        help="denoising steps at strength 1 (default: 50); --num-inference-steps is the same",
     )
     edit.add_argument(
         "--guidance-scale",
@@ -205,12 +213,22 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="N results OUT-1 ... OUT-N, which have the seeds K ... K+N-1 (default: %(default)s)",
     )
+    where_to = edit.add_mutually_exclusive_group()
+    where_to.add_argument(
+        "--crop-padding",
+        dest="padding_mask_crop",
+        type=_PIXELS,
+        metavar="PX",
+        help="edit only the mask's surroundings, with so many pixels of context, at the model's size (default: in a"
+        " picture larger than the model's, half of the mask's longer side, where that leaves something out)",
+    )
+    where_to.add_argument("--whole-frame", action="store_true", help="edit the whole picture, however small the mask")
     edit.add_argument(
         "--processing-resolution",
         type=_number(int, "at least 8", lambda pixels: pixels >= 8),
         metavar="PX",
-        help="longer side at which the edit runs; the rest of the picture keeps its own pixels (default: the"
-        " picture's, or the model's if the picture is more than twice as large)",
+        help="longer side at which the edit runs; the rest of the picture keeps its own pixels (default: the model's"
+        " for the surroundings of a mask, and for a picture more than twice as large; else the picture's)",
     )
     edit.set_defaults(run=_edit)
 
@@ -271,7 +289,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="num_inference_steps",
         type=_COUNT,
         metavar="N",
-        help="denoising steps at strength 1; --num-inference-steps is the same (default: 50)",
+        help="denoising steps at strength 1 (default: 50); --num-inference-steps is the same",
     )
     add("mask-dilation", type=_PIXELS, metavar="PX", help="grow the masks by this much (default: 0)")
     add("strengths", type=numbers, action="extend", metavar="S,S", help="for trade-off curves")
@@ -354,8 +372,9 @@ def _check_fits(image: Image.Image, path: Path):
 
 
 def _save(image: Image.Image, path: Path):
-    """Write a whole file or none, pixels only: nothing of the source's metadata goes along."""
+    """Write a whole file or none: pixels, and of the source's metadata the colour profile and the DPI alone."""
     image_format, options = FORMATS[path.suffix.lower()]
+    options = options | {name: image.info[name] for name in ("icc_profile", "dpi") if name in image.info}
     if image_format == "JPEG" and image.mode == "RGBA":
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
@@ -492,6 +511,52 @@ def _pipeline_errors(pipe: "IEditPipeline"):
         raise UserError(str(error)) from error
 
 
+def _read_notes(path: Path, image: Image.Image, output: Path) -> list[str]:
+    """What of a picture does not reach its edit, or is not the same there, for the printed line."""
+    notes = []
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        notes.append(f"the first of {frames} frames")
+    if image.mode.startswith(("I", "F")) or _is_16_bit(path):
+        notes.append("reduced to 8 bits")
+    image_format = FORMATS[output.suffix.lower()][0]
+    if image_format in LOSSY:
+        notes.append(f"{image_format} compresses what was not edited anew (PNG keeps every byte)")
+    return notes
+
+
+def _is_16_bit(path: Path) -> bool:
+    """Whether a file has colours of 16 bits, of which Pillow gives 8."""
+    with Image.open(path) as unread:
+        return any("16" in str(tile.args) for tile in unread.tile if isinstance(tile.args, (str, tuple)))
+
+
+def _settle_region(pipe: "IEditPipeline", image: Image.Image, given: dict, whole_frame: bool) -> list[str]:
+    """Settle what of the picture is edited at which size, as `--help` says, in the arguments of the edit.
+
+    Words are replaced by the mask that they find, as its size decides. Returns what was done, for the printed line.
+    """
+    from .masking_iedit import dilate
+    from .regions_iedit import automatic_padding, read_masks, read_photos, surrounding_region
+
+    size = read_photos(image)[0].size
+    if any(name in given for name in WHERE):
+        words = {name: given.pop(name) for name in (*WHERE, "mask_threshold") if name in given}
+        given["mask_image"] = pipe.predict_mask(image, given["prompt"], **words)[0]
+    resolution = given.get("processing_resolution", pipe.native_resolution)
+    if "mask_image" in given and not whole_frame:
+        mask = dilate(read_masks(given["mask_image"], 1, size), given.get("mask_dilation", 0))[0]
+        padding = given.get("padding_mask_crop", automatic_padding(mask, pipe.native_resolution))
+        if padding is not None:
+            given["padding_mask_crop"] = padding
+            region = surrounding_region(mask, padding)
+            return [f"the {region.width}x{region.height} px around the mask edited at {resolution} px"]
+    if "processing_resolution" not in given and max(size) > 2 * resolution:
+        given["processing_resolution"] = resolution
+        return [f"processed at {resolution} px"]
+    return []
+
+
 def _edit(args: argparse.Namespace) -> tuple[str, str]:
     """Edit and save. Returns what the printed line says before and after the seconds."""
     inputs = (args.image, args.mask) if hasattr(args, "mask") else (args.image,)
@@ -499,10 +564,13 @@ def _edit(args: argparse.Namespace) -> tuple[str, str]:
     image = _read_image(args.image)
     _check_fits(image, args.output)
     given = {name: getattr(args, name) for name in EDIT_ARGUMENTS if hasattr(args, name)}
+    if "padding_mask_crop" in given and not any(hasattr(args, name) for name in ("mask", *WHERE)):
+        raise UserError("--crop-padding needs a mask: pass --mask, --mask-prompt or --source-prompt too")
     if hasattr(args, "mask"):
         given["mask_image"] = _read_image(args.mask)
     _check_model(args.model)
 
+    notes = _read_notes(args.image, image, paths[0])
     pipe = _load_pipeline(
         args.model,
         args.device,
@@ -512,11 +580,8 @@ def _edit(args: argparse.Namespace) -> tuple[str, str]:
     )
     import torch
 
-    native_resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    note = ""
-    if "processing_resolution" not in given and max(image.size) > 2 * native_resolution:
-        given["processing_resolution"] = native_resolution
-        note = f", processed at {native_resolution} px"
+    with _notes(), _pipeline_errors(pipe):
+        notes[:0] = _settle_region(pipe, image, given, whole_frame=hasattr(args, "whole_frame"))
     first_seed = args.seed if hasattr(args, "seed") else secrets.randbelow(2**32)
     seeds = range(first_seed, first_seed + args.num_images)
     # Drawn on the CPU, a seed gives the same noise on every device.
@@ -525,6 +590,7 @@ def _edit(args: argparse.Namespace) -> tuple[str, str]:
         output = pipe(image=image, num_images_per_prompt=args.num_images, generator=generators, **given)
     for result, path in zip(output.images, paths, strict=True):
         _save(result, path)
+    note = "".join(f", {note}" for note in notes)
     if args.num_images == 1:
         return str(paths[0]), f", seed {seeds[0]}{note}"
     return f"{paths[0]} to {paths[-1].name}", f", seeds {seeds[0]} to {seeds[-1]}{note}"

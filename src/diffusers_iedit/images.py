@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 
@@ -12,11 +13,34 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 
 
+# How the files of iPhones begin, after four bytes.
+_HEIF_BRANDS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"))
+
+
+@functools.cache
+def _readable_formats() -> tuple[str, ...]:
+    """`FORMATS`, and HEIF if the package that reads it is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return FORMATS
+    register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
+def _is_heif(file: bytes | str | os.PathLike) -> bool:
+    if not isinstance(file, bytes):
+        with open(file, "rb") as opened:
+            file = opened.read(12)
+    return file[4:12] in _HEIF_BRANDS
+
+
 def open_image(file: bytes | str | os.PathLike) -> Image.Image:
     """Reads a picture, all of it.
 
     Args:
-        file (`bytes`, `str` or `os.PathLike`): An encoded picture in one of `FORMATS`, or the path of one.
+        file (`bytes`, `str` or `os.PathLike`): An encoded picture in one of `FORMATS`, or the path of one; HEIC
+            and HEIF too if pillow-heif is installed.
 
     Returns:
         `PIL.Image.Image`: The picture in its own mode.
@@ -27,11 +51,13 @@ def open_image(file: bytes | str | os.PathLike) -> Image.Image:
             `PIL.Image.MAX_IMAGE_PIXELS` allows.
     """
     try:
-        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_readable_formats())
         image.load()
     except FileNotFoundError:
         raise
     except UnidentifiedImageError:
+        if _is_heif(file) and "HEIF" not in _readable_formats():
+            raise ValueError("it is HEIC or HEIF, which needs a package: pip install pillow-heif") from None
         # PIL's message has the address of a buffer.
         raise ValueError(f"it is damaged, or none of {', '.join(FORMATS)}") from None
     except Exception as error:

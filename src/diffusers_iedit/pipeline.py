@@ -4,27 +4,24 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import (
-    retrieve_latents,
-    retrieve_timesteps,
-)
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
 from transformers import (
     BlipForConditionalGeneration,
     BlipProcessor,
@@ -36,16 +33,33 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from .masking_iedit import clean_term, difference_term, dilate, feather, segment
+from .masking_iedit import clean_term, difference_term, dilate, feather, search
+from .regions_iedit import (
+    MIN_IMAGE_SIZE,
+    Photo,
+    Region,
+    as_list,
+    blacked_out,
+    check_pixels,
+    cut_out,
+    match_colours,
+    pad_to_multiple,
+    read_masks,
+    read_photos,
+    resize,
+    set_back,
+    surrounding_region,
+    to_output,
+    to_unit_range,
+    work_size,
+)
 from .scheduling_iedit import IEditMaskedScheduler
 
 
 logger = logging.get_logger(__name__)
 
-MIN_IMAGE_SIZE = 8
-
 # What has to lie beside the weights for `custom_pipeline=`; `pipeline.py` is the name diffusers looks for.
-CODE_FILES = ("pipeline.py", "scheduling_iedit.py", "masking_iedit.py")
+CODE_FILES = ("pipeline.py", "scheduling_iedit.py", "masking_iedit.py", "regions_iedit.py")
 
 LOAD_MASK_MODEL = (
     "    from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor\n"
@@ -86,103 +100,9 @@ class IEditPipelineOutput(BaseOutput):
     nsfw_content_detected: list[bool] | None
 
 
-def _as_list(value) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _upright_8bit(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation and bring the modes that `Image.convert` clips or refuses to 8 bits."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        # 16-bit grey, which Pillow opens as "I;16" or, from some formats, as "I".
-        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")  # type: ignore[return-value]
-    if image.mode in ("RGBa", "La"):
-        return image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
-    return image
-
-
-def _array_in_unit_range(array: np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
-    """A float32 CPU tensor in [0, 1] of the same shape: bool and uint8 (0 to 255) are scaled, floats are checked."""
-    tensor = array.detach().cpu() if isinstance(array, torch.Tensor) else torch.from_numpy(np.array(array))
-    if tensor.dtype == torch.uint8:
-        return tensor.float() / 255
-    if tensor.dtype == torch.bool:
-        return tensor.float()
-    if not tensor.is_floating_point():
-        raise ValueError(f"`{name}` has to be of dtype uint8, bool or floating point, but is {tensor.dtype}.")
-    tensor = tensor.float()
-    if tensor.isnan().any():
-        raise ValueError(f"`{name}` contains NaN; expected values in [0, 1].")
-    if tensor.numel() and (tensor.min() < 0 or tensor.max() > 1):
-        raise ValueError(
-            f"`{name}` has to have values in [0, 1], but they lie in [{tensor.min():.4g}, {tensor.max():.4g}]."
-        )
-    return tensor
-
-
-def _read_image(image) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """One entry of `image` as pairs of pixels (3, H, W) and alpha (1, H, W) or None, both float32 in [0, 1]."""
-    if isinstance(image, Image.Image):
-        image = _upright_8bit(image)
-        has_alpha = image.has_transparency_data
-        array = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
-        channels = torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
-        return [(channels[:3], channels[3:] if has_alpha else None)]
-    if not isinstance(image, (np.ndarray, torch.Tensor)):
-        raise TypeError(
-            "`image` has to be a PIL image, a numpy array, a torch tensor or a list of these, but contains"
-            f" {type(image).__name__}."
-        )
-    is_numpy = isinstance(image, np.ndarray)
-    layout = "(H, W), (H, W, C) or (B, H, W, C)" if is_numpy else "(C, H, W) or (B, C, H, W)"
-    batch = _array_in_unit_range(image, "image")
-    if batch.ndim == 2 and is_numpy:
-        batch = batch[..., None]
-    if batch.ndim == 3:
-        batch = batch[None]
-    if is_numpy and batch.ndim == 4:
-        batch = batch.permute(0, 3, 1, 2)
-    if batch.ndim != 4 or batch.shape[1] not in (1, 3, 4):
-        raise ValueError(f"`image` has to have shape {layout} with 1, 3 or 4 channels, but has {tuple(image.shape)}.")
-    return [(entry[:3].expand(3, -1, -1), entry[3:] if len(entry) == 4 else None) for entry in batch]
-
-
-def _read_mask(mask) -> list[torch.Tensor]:
-    """One entry of `mask_image` as float32 tensors (1, H, W) in [0, 1]."""
-    if isinstance(mask, Image.Image):
-        return [torch.from_numpy(np.array(_upright_8bit(mask).convert("L"))).float()[None] / 255]
-    if not isinstance(mask, (np.ndarray, torch.Tensor)):
-        raise TypeError(
-            "`mask_image` has to be a PIL image, a numpy array, a torch tensor or a list of these, but contains"
-            f" {type(mask).__name__}."
-        )
-    if 0 in mask.shape:
-        raise ValueError(f"`mask_image` has no pixels: its shape is {tuple(mask.shape)}.")
-    if mask.dtype in (np.uint8, torch.uint8) and mask.max() == 1:
-        raise ValueError(
-            "`mask_image` is uint8 with values 0 and 1 only, where 255 means edit; pass it as bool or float instead."
-        )
-    tensor = _array_in_unit_range(mask, "mask_image")
-    if isinstance(mask, np.ndarray) and tensor.ndim in (3, 4) and tensor.shape[-1] == 1:
-        tensor = tensor[..., 0]
-    if tensor.ndim == 4 and tensor.shape[1] == 1:
-        tensor = tensor[:, 0]
-    if tensor.ndim == 2:
-        tensor = tensor[None]
-    if tensor.ndim != 3:
-        raise ValueError(
-            "`mask_image` has to have shape (H, W), (B, H, W), (B, H, W, 1) as numpy or (B, 1, H, W) as torch, but"
-            f" has {tuple(mask.shape)}."
-        )
-    return [entry[None] for entry in tensor]
-
-
 def _check_texts(**texts):
     for name, text in texts.items():
-        for entry in () if text is None else _as_list(text):
+        for entry in () if text is None else as_list(text):
             if not isinstance(entry, str):
                 swapped = "; the image comes first: `pipe(image, prompt)`" if name == "prompt" else ""
                 raise TypeError(
@@ -226,6 +146,13 @@ def _denoising_way_out(scheduler, unet, strength: float) -> str:
     if unet.dtype == torch.float16:
         return "In float16 nothing above 65504 has a number: load the pipeline in float32 or bfloat16."
     return "Try another `scheduler`, more `num_inference_steps` or a smaller `guidance_scale`."
+
+
+def _pick(values, indices: list[int]):
+    """Some entries of a list or tensor that has one for each image or result; what serves all of them as it is."""
+    if isinstance(values, torch.Tensor):
+        return values[indices]
+    return [values[index] for index in indices] if isinstance(values, list) else values
 
 
 class IEditPipeline(StableDiffusionImg2ImgPipeline):
@@ -386,7 +313,7 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             # Uploads a fresh save of this pipeline, so that the code files are part of the one commit.
             self.push_to_hub(repo_id, **save_kwargs, **hub_kwargs)
 
-    def check_inputs(
+    def _check_edit_inputs(
         self,
         prompt,
         strength,
@@ -394,16 +321,16 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         guidance_scale,
         num_images_per_prompt,
         negative_prompt,
-        prompt_embeds,
-        negative_prompt_embeds,
-        ip_adapter_image,
-        ip_adapter_image_embeds,
-        callback_on_step_end_tensor_inputs,
         mask_image,
         mask_prompt,
         source_prompt,
+        padding_mask_crop,
+        processing_resolution,
+        mask_dilation,
+        mask_feather,
         output_type,
     ):
+        """What the stock pipeline's `check_inputs` does not look at."""
         if not isinstance(strength, Real) or not 0 <= strength <= 1:
             raise ValueError(f"`strength` has to be a number in [0, 1], but is {strength!r}.")
         if not isinstance(num_inference_steps, Integral) or num_inference_steps < 1:
@@ -420,20 +347,22 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
-        super().check_inputs(
-            prompt,
-            strength,
-            None,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            ip_adapter_image,
-            ip_adapter_image_embeds,
-            callback_on_step_end_tensor_inputs,
-        )
         self._check_mask_choice(mask_image, mask_prompt, source_prompt)
         if source_prompt is not None and prompt is None:
             raise ValueError("`source_prompt` is compared with `prompt`, but `prompt_embeds` was passed instead.")
+        check_pixels("mask_dilation", mask_dilation)
+        check_pixels("mask_feather", mask_feather)
+        if processing_resolution is not None:
+            check_pixels("processing_resolution", processing_resolution, MIN_IMAGE_SIZE)
+        if padding_mask_crop is not None:
+            check_pixels("padding_mask_crop", padding_mask_crop)
+            if mask_image is None and mask_prompt is None and source_prompt is None:
+                raise ValueError(
+                    "`padding_mask_crop` edits the surroundings of a mask; pass `mask_image`, `mask_prompt` or"
+                    " `source_prompt` too."
+                )
+            if output_type == "latent":
+                raise ValueError("`padding_mask_crop` sets pixels back, but `output_type` asks for latents.")
 
     def _check_mask_choice(self, mask_image, mask_prompt, source_prompt):
         given = {"mask_image": mask_image, "mask_prompt": mask_prompt, "source_prompt": source_prompt}
@@ -442,7 +371,7 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             raise ValueError(f"Pass only one of `mask_image`, `mask_prompt` and `source_prompt`, not {given}.")
         if mask_image is None and given and (self.mask_model is None or self.mask_processor is None):
             raise ValueError(f"{given[0]} needs a mask model, but there is none. Load one with\n{LOAD_MASK_MODEL}")
-        if "auto" in _as_list(source_prompt) and (self.captioner is None or self.caption_processor is None):
+        if "auto" in as_list(source_prompt) and (self.captioner is None or self.caption_processor is None):
             raise ValueError(
                 f'`source_prompt="auto"` needs a captioner, but there is none. Load one with\n{LOAD_CAPTIONER}'
             )
@@ -452,81 +381,16 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         channels = self.vae.config.latent_channels
         return isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == channels
 
-    def prepare_image(self, image: PipelineImageInput) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Read `image` in any of its forms.
-
-        Args:
-            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of these):
-                PIL images of any mode, set upright by their EXIF orientation; arrays (H, W), (H, W, C) or
-                (B, H, W, C), tensors (C, H, W) or (B, C, H, W), with 1, 3 or 4 channels, uint8 or floats in [0, 1].
-
-        Returns:
-            `tuple`: The pixels, float32 in [0, 1] on the CPU, shape (B, 3, H, W), and B alpha planes (1, H, W) or
-            `None`.
-
-        Raises:
-            `ValueError` or `TypeError`: For an empty list, NaN, values outside [0, 1], images of different sizes and
-            images under 8 pixels a side.
-        """
-        entries = [pair for entry in _as_list(image) for pair in _read_image(entry)]
-        if not entries:
-            raise ValueError("`image` is empty; expected at least one image.")
-        sizes = {tuple(pixels.shape[1:]) for pixels, _ in entries}
-        if len(sizes) > 1:
-            listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
-            raise ValueError(f"`image` holds images of different sizes ({listed}); edit them one call a size.")
-        height, width = sizes.pop()
-        if min(height, width) < MIN_IMAGE_SIZE:
-            raise ValueError(
-                f"`image` has to be at least {MIN_IMAGE_SIZE} pixels a side, but is {width}x{height} pixels."
-            )
-        # Channels last in memory, as the stock pipeline's preprocessing leaves them, so that both round alike.
-        pixels = torch.stack([pixels.permute(1, 2, 0) for pixels, _ in entries]).permute(0, 3, 1, 2)
-        return pixels, [alpha for _, alpha in entries]
-
-    def prepare_mask_image(self, mask_image: PipelineImageInput, batch_size: int, size: tuple[int, int]):
-        """Read `mask_image` in any of its forms.
-
-        Args:
-            mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of these):
-                1 (white) = edit. PIL images are set upright by their EXIF orientation and read as grey; arrays and
-                tensors are (H, W), (B, H, W), (B, H, W, 1) as numpy or (B, 1, H, W) as torch: bool, uint8 (255 = edit)
-                or floats in [0, 1].
-            batch_size (`int`): B, how many images there are; one mask serves all of them.
-            size (`tuple[int, int]`): Height and width of the images.
-
-        Returns:
-            `torch.Tensor`: float32 in [0, 1] on the CPU, shape (B, 1, H, W).
-
-        Raises:
-            `ValueError` or `TypeError`: For another size or number than the images', NaN, values outside [0, 1], and a
-            mask that is zero everywhere.
-        """
-        masks = [mask for entry in _as_list(mask_image) for mask in _read_mask(entry)]
-        if len(masks) not in (1, batch_size):
-            raise ValueError(
-                f"`mask_image` holds {len(masks)} masks for {batch_size} images; pass one or {batch_size}."
-            )
-        for mask in masks:
-            if tuple(mask.shape[1:]) != size:
-                raise ValueError(
-                    f"`mask_image` has to have the image's size, {size[1]}x{size[0]} pixels, but is"
-                    f" {mask.shape[2]}x{mask.shape[1]}."
-                )
-            if not mask.any():
-                raise ValueError("`mask_image` is zero everywhere, so nothing would be edited; 1 (white) means edit.")
-        return torch.stack(masks).expand(batch_size, -1, -1, -1)
-
     def _caption(self, images: list[Image.Image]) -> list[str]:
         inputs = self.caption_processor(images=images, return_tensors="pt").to(self._execution_device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.captioner.dtype)
         token_ids = self.captioner.generate(**inputs, max_new_tokens=30)
         return self.caption_processor.batch_decode(token_ids, skip_special_tokens=True)
 
-    def _predict_mask(self, pixels, prompt, mask_prompt, source_prompt, mask_threshold) -> torch.Tensor:
+    def _predict_mask(self, photos: list[Photo], prompt, mask_prompt, source_prompt, mask_threshold) -> torch.Tensor:
         if not 0 <= mask_threshold < 1:
             raise ValueError(f"`mask_threshold` has to be a probability in [0, 1), but is {mask_threshold!r}.")
-        images = self.image_processor.numpy_to_pil(self.image_processor.pt_to_numpy(pixels))
+        images = [photo.image() for photo in photos]
         if mask_prompt is not None:
             terms = self._expand(mask_prompt, len(images), "mask_prompt")
         else:
@@ -548,30 +412,30 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         for term in terms:
             if not clean_term(term):
                 raise ValueError(f"`mask_prompt` has to name what to edit, but is {term!r}.")
-        probability = segment(self.mask_model, self.mask_processor, images, terms, self._execution_device)
-        _check_finite(probability, "`mask_model` gives", _float16_way_out("mask_model", self.mask_model))
-        mask = (probability > mask_threshold).float()
-        for index, term in enumerate(terms):
-            if not mask[index].any():
+        masks = []
+        for index, (picture, term) in enumerate(zip(images, terms, strict=True)):
+            try:
+                found = search(
+                    self.mask_model, self.mask_processor, picture, term, mask_threshold, self._execution_device
+                )
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} {_float16_way_out('mask_model', self.mask_model)}") from error
+            masks.append((found.probability > mask_threshold).float())
+            if not masks[-1].any():
                 raise ValueError(
                     f"The predicted mask is empty: nothing in image {index} looks like {term!r} with a probability"
-                    f" above `mask_threshold` {mask_threshold} (the highest is {probability[index].max():.3f})."
+                    f" above `mask_threshold` {mask_threshold} ({found.extent})."
                 )
-        return mask
+        return torch.stack(masks)
 
     @staticmethod
     def _expand(value, batch_size: int, name: str) -> list:
-        values = _as_list(value)
+        values = as_list(value)
         if len(values) not in (1, batch_size):
             raise ValueError(
                 f"`{name}` holds {len(values)} entries for a batch of {batch_size}; pass one or {batch_size}."
             )
         return values * batch_size if len(values) == 1 else values
-
-    @staticmethod
-    def _check_pixels(name: str, value, smallest: int):
-        if not isinstance(value, Integral) or value < smallest:
-            raise ValueError(f"`{name}` has to be an integer of at least {smallest} (pixels), but is {value!r}.")
 
     @torch.no_grad()
     def predict_mask(
@@ -606,82 +470,48 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             raise ValueError("`source_prompt` is compared with `prompt`, which was not passed.")
         _check_texts(prompt=prompt, mask_prompt=mask_prompt, source_prompt=source_prompt)
         self._check_mask_choice(None, mask_prompt, source_prompt)
-        self._check_pixels("mask_dilation", mask_dilation, 0)
-        self._check_pixels("mask_feather", mask_feather, 0)
-        pixels, _ = self.prepare_image(image)
-        mask = self._predict_mask(pixels, prompt, mask_prompt, source_prompt, mask_threshold)
+        check_pixels("mask_dilation", mask_dilation)
+        check_pixels("mask_feather", mask_feather)
+        photos = read_photos(image)
+        mask = self._predict_mask(photos, prompt, mask_prompt, source_prompt, mask_threshold)
         self.maybe_free_model_hooks()
-        return self._output_masks(feather(dilate(mask, mask_dilation), mask_feather), output_type)
+        return to_output(list(feather(dilate(mask, mask_dilation), mask_feather)), output_type)
 
-    @staticmethod
-    def _work_size(size: tuple[int, int], processing_resolution: int | None) -> tuple[int, int]:
-        if processing_resolution is None:
-            return size
-        IEditPipeline._check_pixels("processing_resolution", processing_resolution, MIN_IMAGE_SIZE)
-        height, width = (max(round(side * processing_resolution / max(size)), 1) for side in size)
-        return height, width
+    @property
+    def native_resolution(self) -> int:
+        """The side of the square pictures that the UNet was made for, in pixels."""
+        return self.unet.config.sample_size * self.vae_scale_factor
 
-    @staticmethod
-    def _resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        if tuple(images.shape[-2:]) == tuple(size):
-            return images
-        return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    def get_timesteps(self, num_inference_steps, strength, device):
+        """As in the stock pipeline; a strength that would run no step is an error."""
+        if int(num_inference_steps * strength) < 1:
+            smallest = math.ceil(1e4 / num_inference_steps) / 1e4
+            raise ValueError(
+                f"`strength` {strength} of `num_inference_steps` {num_inference_steps} would run no step; the smallest"
+                f" strength that runs one is {smallest:g}"
+                + (f", the smallest step count {math.ceil(1 / strength)}." if strength > 0 else ".")
+            )
+        return super().get_timesteps(num_inference_steps, strength, device)
 
-    def _pad(self, images: torch.Tensor, mode: str) -> torch.Tensor:
-        # To the right and below only, so that cropping gives every pixel its own place back.
-        height, width = images.shape[-2:]
-        return F.pad(images, (0, -width % self.vae_scale_factor, 0, -height % self.vae_scale_factor), mode=mode)
+    def prepare_latents(self, image, timestep, batch_size, num_images_per_prompt, dtype, device, generator=None):
+        """z_t of Eq. 2, drawn in the stock pipeline's order.
 
-    @staticmethod
-    def _set_into_source(images, pixels, mask, is_safe) -> torch.Tensor:
-        source = pixels.to(images.device).repeat_interleave(len(images) // len(pixels), dim=0)
-        mask = mask.to(images.device)
-        blended = torch.where(mask > 0, torch.lerp(source, images, mask), source)
-        # What the safety checker blacked out stays black.
-        return torch.where(torch.tensor(is_safe, device=images.device)[:, None, None, None], blended, images)
-
-    def _output_images(self, images: torch.Tensor, alphas: list[torch.Tensor | None] | None, output_type: str):
-        """`images` (N, 3, H, W) in [0, 1] in the form asked for, each with its source's alpha where there is one."""
-        alphas = alphas or [None]
-        alphas = [alpha for alpha in alphas for _ in range(len(images) // len(alphas))]
-        if output_type != "pil" and any(alpha is not None for alpha in alphas):
-            opaque = torch.ones_like(images[0, :1])
-            alphas = [opaque if alpha is None else alpha for alpha in alphas]
-        with_alpha = [
-            image if alpha is None else torch.cat([image, alpha.to(image)])
-            for image, alpha in zip(images, alphas, strict=True)
-        ]
-        if output_type == "pil":
-            return [self._postprocess(image[None], "pil")[0] for image in with_alpha]
-        return self._postprocess(torch.stack(with_alpha), output_type)
-
-    def _output_masks(self, mask: torch.Tensor, output_type: str):
-        return self._postprocess(mask, "pt" if output_type == "latent" else output_type)
-
-    def _postprocess(self, images: torch.Tensor, output_type: str):
-        return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
-
-    def prepare_source_latents(
-        self, image: torch.Tensor, num_images_per_prompt: int, dtype, device, generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """z_1 = E(x_1) and the noise for Eq. 2, drawn in the stock pipeline's order.
+        The results of one image are adjacent, like those of its prompt, and with a list of generators each result is
+        what its generator alone would give: the stock pipeline does neither for several images with several results.
 
         Args:
             image (`torch.Tensor`): (B, 3, H, W) in [-1, 1], or latents (B, 4, h, w), which are taken as they are.
+            timestep (`torch.Tensor`): t, once a result.
+            batch_size (`int`): B.
             num_images_per_prompt (`int`): n, how often each image is edited.
-            generator (`torch.Generator` or a list of B * n of them, *optional*): With a list, every result is what its
-                generator alone would give.
+            generator (`torch.Generator` or a list of B * n of them, *optional*): The source of noise.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Source latents and noise, both (B * n, 4, h, w).
+            `torch.Tensor`: (B * n, 4, h, w).
         """
         # The VAE alone may run in another precision than the rest.
         image = image.to(device=device, dtype=dtype if self._is_latents(image) else self.vae.dtype)
-        batch_size = len(image) * num_images_per_prompt
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` holds {len(generator)} generators for {batch_size} results; pass one for each."
-            )
+        num_results = batch_size * num_images_per_prompt
         if self._is_latents(image):
             latents = image
         elif isinstance(generator, list):
@@ -693,12 +523,33 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             latents = self.vae.config.scaling_factor * torch.cat(each)
         else:
             latents = self.vae.config.scaling_factor * retrieve_latents(self.vae.encode(image), generator)
-        if len(latents) < batch_size:
+        if len(latents) < num_results:
             latents = latents.repeat_interleave(num_images_per_prompt, dim=0)
         latents = latents.to(dtype)
         _check_finite(latents, "The latents of `image` hold", _float16_way_out("vae", self.vae))
         noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=dtype)
-        return latents, noise
+        return self.scheduler.add_noise(latents, noise, timestep)
+
+    def _decode(self, latents: torch.Tensor, generator) -> tuple[torch.Tensor, list[bool]]:
+        """Eq. 6: latents -> pictures (N, 3, H, W) in [0, 1], and which of them the safety checker blacked out."""
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        images = self.vae.decode(scaled, return_dict=False, generator=generator)[0]
+        _check_finite(images, "The decoded picture holds", _float16_way_out("vae", self.vae))
+        images, flagged = self.run_safety_checker(images, latents.device, latents.dtype)
+        flagged = flagged or [False] * len(images)
+        images = self.image_processor.postprocess(images, "pt", do_denormalize=[not flag for flag in flagged])
+        return images, flagged
+
+    @contextmanager
+    def _masked_scheduler(self, mask: torch.Tensor | None, num_images_per_prompt: int) -> Iterator[None]:
+        """While it lasts, the scheduler is a copy that ends its steps in Eq. 13; afterwards it is the one it was."""
+        scheduler: Any = self.scheduler  # type: ignore[has-type]
+        if mask is not None:
+            self.scheduler = IEditMaskedScheduler.wrap(scheduler, mask.repeat_interleave(num_images_per_prompt, 0))
+        try:
+            yield
+        finally:
+            self.scheduler = scheduler
 
     @torch.no_grad()
     def __call__(
@@ -715,6 +566,7 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        padding_mask_crop: int | None = None,
         processing_resolution: int | None = None,
         mask_threshold: float = 0.5,
         mask_dilation: int = 0,
@@ -746,9 +598,11 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             prompt (`str` or `list[str]`, *optional*):
                 The edit prompt y_2: what the picture shows after the edit. Or `prompt_embeds`.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of these, *optional*):
-                M, at the image's size: 1 (white) = edit; values between blend softly. See `prepare_mask_image`.
+                M, at the image's size: 1 (white) = edit; values between blend softly. Of a PIL
+                image with transparency, what is painted is the mask; else it is read as grey.
             mask_prompt (`str` or `list[str]`, *optional*):
-                The term that names the region to edit in the source; CLIPSeg finds it (Sec. 3.4).
+                The term that names the region to edit in the source; CLIPSeg finds it (Sec. 3.4), even if it is small
+                in a large image: see `masking_iedit.search`.
             source_prompt (`str` or `list[str]`, *optional*):
                 A caption y_1 of the source: the words in which it differs from `prompt` become the mask prompt.
                 `"auto"` lets the captioner write it.
@@ -763,9 +617,15 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             eta (`float`, *optional*, defaults to 0.0): η of DDIM, ignored by other schedulers.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 The source of noise. With a list, one a result, every result is the one its generator gives alone.
+            padding_mask_crop (`int`, *optional*):
+                Pixels of context around the mask. Only this region is edited, at the model's own size, and it is set
+                into the untouched original: for a small thing in a large picture. The mask's bounding box with so much
+                context is grown to a square, or where none fits to the picture's aspect; every image of a batch has a
+                region of its own. By default the whole image is edited.
             processing_resolution (`int`, *optional*):
                 Pixels. The edit runs on a copy whose longer side has this length, and the edited region is scaled back
-                and set into the untouched original. By default the edit runs at the image's own size.
+                and set into the untouched original. By default the edit runs at the image's own size, and with
+                `padding_mask_crop` at the model's.
             mask_threshold (`float`, *optional*, defaults to 0.5):
                 The CLIPSeg probability, in [0, 1), above which a pixel belongs to the predicted mask.
             mask_dilation (`int`, *optional*, defaults to 0):
@@ -773,8 +633,9 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             mask_feather (`int`, *optional*, defaults to 0):
                 Image pixels over which the edited region fades in, from the mask's edge inwards.
             keep_background (`bool`, *optional*, defaults to `True`):
-                Whether to set the edited region into the source's own pixels. `False` returns the plain decode of the
-                latents, as in the paper, which `mask_feather` does not concern. It matters only with a mask.
+                Whether to set the edit into the source's own pixels along the mask, its colours brought to theirs.
+                `False` returns the plain decode of the latents, as in the paper, which `mask_feather` does not concern
+                (with `padding_mask_crop`, of the region). It matters only with a mask.
             timesteps (`list[int]`, *optional*): A schedule of one's own, descending.
             sigmas (`list[float]`, *optional*): A schedule of one's own, for schedulers that take sigmas.
             prompt_embeds (`torch.Tensor`, *optional*): Text embeddings (B, L, D) in place of `prompt`.
@@ -798,49 +659,48 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             expected and what came.
             `FloatingPointError`: If an edit comes out as NaN or infinity; the message says where, and what helps.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-
         # 1. Check inputs
-        self.check_inputs(
+        self._check_edit_inputs(
             prompt,
             strength,
             num_inference_steps,
             guidance_scale,
             num_images_per_prompt,
             negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            ip_adapter_image,
-            ip_adapter_image_embeds,
-            callback_on_step_end_tensor_inputs,
             mask_image,
             mask_prompt,
             source_prompt,
+            padding_mask_crop,
+            processing_resolution,
+            mask_dilation,
+            mask_feather,
             output_type,
         )
-        self._guidance_scale = guidance_scale
-        self._clip_skip = clip_skip
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._interrupt = False
-        device = self._execution_device
 
         # 2. Read the source x_1 and settle the batch size B
+        photos = None
         if self._is_latents(image):
-            if processing_resolution is not None:
-                raise ValueError("`processing_resolution` resizes pixels, but `image` holds latents.")
-            pixels, alphas, num_images = None, None, len(image)
-            height, width = (side * self.vae_scale_factor for side in image.shape[-2:])
+            for name, value in (
+                ("processing_resolution", processing_resolution),
+                ("padding_mask_crop", padding_mask_crop),
+            ):
+                if value is not None:
+                    raise ValueError(f"`{name}` concerns pixels, but `image` holds latents.")
+            num_images, size = len(image), tuple(side * self.vae_scale_factor for side in image.shape[-2:])
         else:
-            pixels, alphas = self.prepare_image(image)
-            num_images = len(pixels)
-            height, width = pixels.shape[-2:]
-        num_prompts = len(prompt_embeds) if prompt_embeds is not None else len(_as_list(prompt))
+            photos = read_photos(image)
+            num_images, size = len(photos), photos[0].size
+        num_prompts = len(prompt_embeds) if prompt_embeds is not None else len(as_list(prompt))
         if num_images != num_prompts and 1 not in (num_images, num_prompts):
             raise ValueError(
                 f"`prompt` holds {num_prompts} prompts for {num_images} images; pass one or {num_images}."
             )
         batch_size = max(num_images, num_prompts)
+        num_results = batch_size * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != num_results:
+            raise ValueError(
+                f"`generator` holds {len(generator)} generators for {num_results} results; pass one for each."
+            )
         if prompt is not None:
             prompt = self._expand(prompt, batch_size, "prompt")
         if negative_prompt is not None:
@@ -849,155 +709,127 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             prompt_embeds = prompt_embeds.repeat(batch_size, 1, 1)
             if negative_prompt_embeds is not None:
                 negative_prompt_embeds = negative_prompt_embeds.repeat(batch_size, 1, 1)
-        if num_images < batch_size and pixels is not None and alphas is not None:
-            pixels, alphas = pixels.expand(batch_size, -1, -1, -1), alphas * batch_size
+        if num_images < batch_size and photos is not None:
+            photos = photos * batch_size
         elif num_images < batch_size:
             image = image.expand(batch_size, -1, -1, -1)
 
         # 3. Find where to edit: M, (B, 1, height, width)
         mask = None
         if mask_image is not None:
-            mask = self.prepare_mask_image(mask_image, batch_size, (height, width))
+            mask = read_masks(mask_image, batch_size, size)
         elif mask_prompt is not None or source_prompt is not None:
-            if pixels is None:
+            if photos is None:
                 raise ValueError("`image` holds latents, in which no mask can be predicted; pass `mask_image`.")
-            mask = self._predict_mask(pixels, prompt, mask_prompt, source_prompt, mask_threshold)
-        self._check_pixels("mask_dilation", mask_dilation, 0)
-        self._check_pixels("mask_feather", mask_feather, 0)
+            mask = self._predict_mask(photos, prompt, mask_prompt, source_prompt, mask_threshold)
         if mask is not None:
             mask = dilate(mask, mask_dilation)
+        if photos is not None and output_type != "pil":
+            photos = [replace(photo, pixels=to_unit_range(photo.pixels)) for photo in photos]
 
-        # 4. Encode the edit prompt y_2
-        lora_scale = cross_attention_kwargs.get("scale") if cross_attention_kwargs is not None else None
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-            prompt,
-            device,
-            num_images_per_prompt,
-            self.do_classifier_free_guidance,
-            negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            lora_scale=lora_scale,
-            clip_skip=self.clip_skip,
-        )
-        if self.do_classifier_free_guidance:
-            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-        num_results = batch_size * num_images_per_prompt
-        added_cond_kwargs = None
-        if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
-            image_embeds = self.prepare_ip_adapter_image_embeds(
-                ip_adapter_image, ip_adapter_image_embeds, device, num_results, self.do_classifier_free_guidance
-            )
-            added_cond_kwargs = {"image_embeds": image_embeds}
-
-        # 5. Bring source and mask to the size at which the edit runs
-        work_size = self._work_size((height, width), processing_resolution)
-        native_size = self.unet.config.sample_size * self.vae_scale_factor
-        if max(work_size) > 2 * native_size:
+        # 4. Settle which region of each image is edited, and at which size
+        regions = [Region(0, 0, *size)] * batch_size
+        if padding_mask_crop is not None and mask is not None:
+            regions = [surrounding_region(each, padding_mask_crop) for each in mask]
+            processing_resolution = processing_resolution or self.native_resolution
+        # A region is a square or has the image's aspect, but for what whole pixels cannot express.
+        shapes = [region.size if region.height == region.width else size for region in regions]
+        work_sizes = [work_size(shape, processing_resolution) for shape in shapes]
+        for region, (height, width) in zip(regions, work_sizes, strict=True):
+            if padding_mask_crop is not None and min(height, width) < MIN_IMAGE_SIZE:
+                raise ValueError(
+                    f"`padding_mask_crop` {padding_mask_crop} gives a region of {region.width}x{region.height} pixels,"
+                    f" which would be edited at {width}x{height}; its sides have to be {MIN_IMAGE_SIZE} at least."
+                )
+        largest = max(work_sizes, key=max)
+        if max(largest) > 2 * self.native_resolution:
             logger.warning(
-                f"The edit runs at {work_size[1]}x{work_size[0]} pixels, which takes much memory and is far from the"
-                f" {native_size} pixels of the model. Pass `processing_resolution={native_size}` to edit a small copy"
-                " and set the result into the original."
+                f"The edit runs at {largest[1]}x{largest[0]} pixels, which takes much memory and is far from the"
+                f" {self.native_resolution} pixels of the model. To edit only the surroundings of the mask, pass"
+                " `padding_mask_crop=32`; to edit a small copy of the whole,"
+                f" `processing_resolution={self.native_resolution}`. The result is set into the original."
             )
-        scheduler = self.scheduler
-        if mask is not None:
-            # A masked copy for this call: the pipeline's own scheduler stays the stock one.
-            work_mask = self._pad(F.adaptive_max_pool2d(mask, work_size), mode="constant")
-            latent_mask = F.max_pool2d(work_mask, self.vae_scale_factor)
-            latent_mask = latent_mask.repeat_interleave(num_images_per_prompt, dim=0)
-            scheduler = IEditMaskedScheduler.wrap(self.scheduler, latent_mask)
-        if pixels is not None:
-            image = self.image_processor.normalize(self._pad(self._resize(pixels, work_size), mode="replicate"))
 
-        # 6. Set timesteps
-        timesteps, num_inference_steps = retrieve_timesteps(scheduler, num_inference_steps, device, timesteps, sigmas)
-        num_steps = min(int(num_inference_steps * strength), num_inference_steps)
-        if num_steps < 1:
-            smallest = math.ceil(1e4 / num_inference_steps) / 1e4
-            raise ValueError(
-                f"`strength` {strength} of `num_inference_steps` {num_inference_steps} would run no step; the smallest"
-                f" strength that runs one is {smallest:g}"
-                + (f", the smallest step count {math.ceil(1 / strength)}." if strength > 0 else ".")
-            )
-        first_step = (num_inference_steps - num_steps) * scheduler.order
-        timesteps = timesteps[first_step:]
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(first_step)
-
-        # 7. Encode and noise the source: z_1 and z_t (Eq. 2)
-        latents, noise = self.prepare_source_latents(
-            image, num_images_per_prompt, prompt_embeds.dtype, device, generator
-        )
-        latents = scheduler.add_noise(latents, noise, scheduler.timesteps[first_step].repeat(num_results))
-
-        # 8. Prepare extra step kwargs and, for distilled models, the guidance embedding
-        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
-        timestep_cond = None
-        if self.unet.config.time_cond_proj_dim is not None:
-            guidance = torch.tensor(self.guidance_scale - 1).repeat(num_results)
-            timestep_cond = self.get_guidance_scale_embedding(guidance, self.unet.config.time_cond_proj_dim)
-            timestep_cond = timestep_cond.to(device=device, dtype=latents.dtype)
-
-        # 9. Denoise; with a mask, `scheduler.step` ends in Eq. 13
-        num_warmup_steps = len(timesteps) - num_steps * scheduler.order
-        self._num_timesteps = len(timesteps)
-        with self.progress_bar(total=num_steps) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                latent_model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
-                latent_model_input = scheduler.scale_model_input(latent_model_input, t)
-                noise_pred = self.unet(
-                    latent_model_input,
-                    t,
-                    encoder_hidden_states=prompt_embeds,
-                    timestep_cond=timestep_cond,
-                    cross_attention_kwargs=self.cross_attention_kwargs,
-                    added_cond_kwargs=added_cond_kwargs,
+        # 5. Edit, in one batch unless regions differ in shape, and set what came into the source's own pixels
+        blend = None if mask is None else feather(mask, mask_feather)
+        pictures: dict[int, torch.Tensor] = {}
+        flags: dict[int, bool] = {}
+        for size in dict.fromkeys(work_sizes):
+            chosen = [index for index, other in enumerate(work_sizes) if other == size]
+            results = [n for n in range(num_results) if n // num_images_per_prompt in chosen]
+            pixels = latent_mask = None
+            if photos is not None:
+                pixels = cut_out(_pick(photos, chosen), _pick(regions, chosen), size)
+                image = pad_to_multiple(pixels, self.vae_scale_factor, mode="replicate")
+            if mask is not None:
+                # No marked pixel stays unedited: a latent cell is edited if it has one.
+                parts = [F.adaptive_max_pool2d(regions[index].of(mask[index]), size) for index in chosen]
+                work_mask = torch.stack(parts)
+                latent_mask = pad_to_multiple(work_mask, self.vae_scale_factor, mode="constant")
+                latent_mask = F.max_pool2d(latent_mask, self.vae_scale_factor)
+            with self._masked_scheduler(latent_mask, num_images_per_prompt):
+                latents, _ = super().__call__(
+                    prompt=_pick(prompt, chosen),
+                    image=image,
+                    strength=strength,
+                    num_inference_steps=num_inference_steps,
+                    timesteps=timesteps,
+                    sigmas=sigmas,
+                    guidance_scale=guidance_scale,
+                    negative_prompt=_pick(negative_prompt, chosen),
+                    num_images_per_prompt=num_images_per_prompt,
+                    eta=eta,
+                    generator=_pick(generator, results),
+                    prompt_embeds=_pick(prompt_embeds, chosen),
+                    negative_prompt_embeds=_pick(negative_prompt_embeds, chosen),
+                    ip_adapter_image=ip_adapter_image,
+                    ip_adapter_image_embeds=ip_adapter_image_embeds,
+                    output_type="latent",
                     return_dict=False,
-                )[0]
-                if self.do_classifier_free_guidance:
-                    noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
-                    noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred_text - noise_pred_uncond)
-                latents = scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
+                    cross_attention_kwargs=cross_attention_kwargs,
+                    clip_skip=clip_skip,
+                    callback_on_step_end=callback_on_step_end,
+                    callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                )
+            _check_finite(
+                latents, "The denoised latents hold", _denoising_way_out(self.scheduler, self.unet, strength)
+            )
+            if output_type == "latent":
+                images = latents
+                break
+            edited, flagged = self._decode(latents, _pick(generator, results))
+            # On the CPU, so that a GPU holds what the model works on alone.
+            edited = edited[..., : size[0], : size[1]].float().cpu()
+            if pixels is not None and latent_mask is not None and keep_background:
+                footprint = F.interpolate(latent_mask, scale_factor=self.vae_scale_factor)[..., : size[0], : size[1]]
+                places = [place for place in range(len(chosen)) for _ in range(num_images_per_prompt)]
+                matched = (
+                    match_colours(picture, pixels[place], work_mask[place], footprint[place])
+                    for picture, place in zip(edited, places, strict=True)
+                )
+                edited = torch.stack(list(matched))
+            for n, picture, flag in zip(results, edited, flagged, strict=True):
+                pictures[n], flags[n] = picture, flag
+                if photos is not None:
+                    index = n // num_images_per_prompt
+                    region, kept = regions[index], blend[index] if blend is not None and keep_background else None
+                    pictures[n] = set_back(photos[index], region, resize(picture[None], region.size)[0], kept)
+                    if flag:
+                        # What the safety checker blacked out stays black.
+                        pictures[n] = blacked_out(photos[index])
 
-                if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for k in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[k] = locals()[k]
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                    latents = callback_outputs.pop("latents", latents)
-                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
-
-                if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % scheduler.order == 0):
-                    progress_bar.update()
-
-        _check_finite(latents, "The denoised latents hold", _denoising_way_out(scheduler, self.unet, strength))
-
-        # 10. Decode (Eq. 6) and set the edited region into the source's own pixels
-        if mask is not None:
-            mask = feather(mask, mask_feather).repeat_interleave(num_images_per_prompt, dim=0)
-        images, has_nsfw_concept = latents, None
-        if output_type != "latent":
-            latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-            images = self.vae.decode(latents, return_dict=False, generator=generator)[0]
-            _check_finite(images, "The decoded picture holds", _float16_way_out("vae", self.vae))
-            images, has_nsfw_concept = self.run_safety_checker(images, device, prompt_embeds.dtype)
-            is_safe = [not nsfw for nsfw in has_nsfw_concept or [False] * num_results]
-            images = self.image_processor.postprocess(images, "pt", do_denormalize=is_safe)
-            images = images[..., : work_size[0], : work_size[1]].float()
-            if work_size != (height, width):
-                # The large picture is put together on the CPU, so that a GPU holds the small copy alone.
-                images = self._resize(images.cpu(), (height, width))
-            if mask is not None and keep_background and pixels is not None:
-                images = self._set_into_source(images, pixels, mask, is_safe)
-        masks = None if mask is None else self._output_masks(mask.to(images.device), output_type)
-        if output_type != "latent":
-            images = self._output_images(images, alphas, output_type)
-
-        # Offload all models
+        # 6. Bring images and masks into the form asked for
         self.maybe_free_model_hooks()
+        indices = [n // num_images_per_prompt for n in range(num_results)]
+        masks = None
+        if blend is not None:
+            mask_type = "pt" if output_type == "latent" else output_type
+            masks = to_output([blend[index] for index in indices], mask_type)
+        if output_type != "latent":
+            sources = None if photos is None else [photos[index] for index in indices]
+            images = to_output([pictures[n] for n in range(num_results)], output_type, sources)
+        checked = self.safety_checker is not None and output_type != "latent"
+        has_nsfw_concept = [flags[n] for n in range(num_results)] if checked else None
 
         if not return_dict:
             return (images, masks, has_nsfw_concept)

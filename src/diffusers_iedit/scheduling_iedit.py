@@ -34,7 +34,9 @@ from diffusers import (
     TCDScheduler,
     UniPCMultistepScheduler,
 )
-from PIL import Image, ImageOps
+from PIL import Image
+
+from .regions_iedit import as_list, read_mask
 
 
 MaskInput = torch.Tensor | Image.Image | np.ndarray | list[Image.Image] | list[np.ndarray]
@@ -76,34 +78,16 @@ def _check_served(scheduler_class: type):
 
 
 def _read_mask(mask) -> torch.Tensor:
-    """Bring PIL images, numpy arrays and lists of either to shape (B, 1, H, W); tensors stay as they are."""
-    if isinstance(mask, (list, tuple)) and mask and all(isinstance(m, (Image.Image, np.ndarray)) for m in mask):
-        entries = [_read_mask(entry) for entry in mask]
-        sizes = {tuple(entry.shape[2:]) for entry in entries}
-        if len(sizes) > 1:
-            listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
-            raise ValueError(f"`mask` must hold masks of one size, but they are {listed} pixels.")
-        return torch.cat(entries)
-    if isinstance(mask, Image.Image):
-        mask = ImageOps.exif_transpose(mask)
-        if mask.mode.startswith("I"):  # 16 bits, which `convert` would clip
-            mask = np.asarray(mask).clip(0, 65535) / 65535
-        else:
-            mask = np.asarray(mask.convert("L"))
-    if not isinstance(mask, np.ndarray):
+    """Bring PIL images, numpy arrays and lists of either to shape (B, 1, H, W); anything else stays as it is."""
+    entries = as_list(mask)
+    if not entries or not all(isinstance(entry, (Image.Image, np.ndarray)) for entry in entries):
         return mask
-    tensor = torch.from_numpy(mask.copy())
-    if mask.dtype == np.uint8:
-        if mask.size and mask.max() == 1:
-            raise ValueError("`mask` is uint8 with values 0 and 1 only, where 255 means edit; pass bool or float.")
-        tensor = tensor / 255
-    elif mask.dtype == bool or tensor.is_floating_point():
-        tensor = tensor.float()
-    if tensor.ndim == 4 and tensor.shape[-1] == 1:
-        tensor = tensor[..., 0]
-    if tensor.ndim == 2:
-        tensor = tensor[None]
-    return tensor[:, None] if tensor.ndim == 3 else tensor
+    planes = [plane for entry in entries for plane in read_mask(entry, "mask")]
+    sizes = {tuple(plane.shape[1:]) for plane in planes}
+    if len(sizes) > 1:
+        listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        raise ValueError(f"`mask` must hold masks of one size, but they are {listed} pixels.")
+    return torch.stack(planes)
 
 
 class IEditMaskedScheduler:

@@ -21,7 +21,7 @@ from ..markdown import code, escape
 
 COMMAND = "python -m diffusers_iedit.finetuning.hub"
 # As in pipeline.py, whose import takes seconds that neither the check nor the command need.
-CODE_FILES = ("pipeline.py", "scheduling_iedit.py", "masking_iedit.py")
+CODE_FILES = ("pipeline.py", "scheduling_iedit.py", "masking_iedit.py", "regions_iedit.py")
 LORA_FILE = "lora/pytorch_lora_weights.safetensors"
 # What a component's `save_pretrained` leaves: weights, configs, and a tokenizer's vocabulary and templates.
 COMPONENT_SUFFIXES = (".json", ".txt", ".safetensors", ".jinja")
