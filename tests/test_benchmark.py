@@ -169,3 +169,35 @@ def test_one_row_s_seeds_are_averaged_example_by_example(tables):
         {"results": {"a": {"success": 1.0}, "b": {"success": 1.0}}},
     ]
     assert tables.over_seeds({"examples": examples}, ["a", "b"], "success").tolist() == [0.5, 1.0]
+
+
+def test_regions_measures_success_seams_and_costs(tmp_path, monkeypatch, capsys):
+    arguments = ["--only", "grids", "seam", "--grids", "2", "--examples", "1"]
+    figures = figures_of("regions.py", arguments, tmp_path, monkeypatch)
+    ways = figures["grids"]["2"]
+    assert set(ways) == {"given mask, cut out", "words alone, cut out", "small copy", "whole frame"}
+    for found in ways.values():
+        assert found["success"] in (0, 1)
+        assert found["edits"] == 1
+    assert ways["whole frame"]["seconds"] > ways["given mask, cut out"]["seconds"] > 0
+    for rows in figures["seam"].values():
+        assert 0 < rows["matched"]["rim"] < rows["as decoded"]["rim"]
+    printed = capsys.readouterr().out
+    assert "given mask, cut out" in printed
+    assert "guidance 7.5: rim" in printed
+
+
+@pytest.mark.slow
+def test_small_things_are_changed_and_no_seam_is_left(tmp_path, monkeypatch):
+    arguments = ["--only", "grids", "seam", "--grids", "4", "--examples", "16"]
+    figures = figures_of("regions.py", arguments, tmp_path, monkeypatch)
+    ways = figures["grids"]["4"]
+    # The bars are 0.95 and 0.90 of 64; of 16, one may fail in each twentieth.
+    assert ways["given mask, cut out"]["success"] >= 0.9
+    assert ways["words alone, cut out"]["success"] >= 0.8
+    assert ways["whole frame"]["success"] < ways["given mask, cut out"]["success"]
+    assert ways["whole frame"]["seconds"] > 5 * ways["given mask, cut out"]["seconds"]
+    for rows in figures["seam"].values():
+        assert rows["matched"]["rim"] <= 0.4 * rows["as decoded"]["rim"]
+        assert rows["matched"]["psnr"] >= rows["as decoded"]["psnr"]
+        assert rows["matched"]["success"] >= rows["as decoded"]["success"]
