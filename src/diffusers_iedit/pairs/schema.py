@@ -80,6 +80,12 @@ class PairImage(Image):
         # No field of the dataclass: it is not to get into files that are written from the set.
         self.roots = roots
 
+    def __eq__(self, other: object) -> bool:
+        # The schema of a set that was opened is the one that it was written with.
+        return isinstance(other, Image) and (self.mode, self.decode) == (other.mode, other.decode)
+
+    __hash__ = Image.__hash__
+
     def open(self, value: dict) -> PILImage:
         """The image of a value with "bytes" and "path", upright.
 
