@@ -40,6 +40,11 @@ def display_p3() -> bytes:
     return _profile(b"mntr", b"RGB ", b"XYZ ", tags | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma))
 
 
+def grey() -> bytes:
+    """A gamma of 1, which makes every grey lighter in sRGB."""
+    return _profile(b"mntr", b"GRAY", b"XYZ ", {b"kTRC": b"curv\0\0\0\0" + bytes(4)})
+
+
 def cmyk() -> bytes:
     """A press whose inks only darken: each turns white paper into the same grey, which `Image.convert` would not."""
     grid = np.array([(i, j, k, n) for i in (0, 1) for j in (0, 1) for k in (0, 1) for n in (0, 1)])

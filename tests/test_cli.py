@@ -298,6 +298,17 @@ def test_sixteen_bits_and_further_frames_are_said(folder, iedit):
     assert "frames" not in line
 
 
+def test_a_format_that_keeps_no_colour_profile_is_said(folder, iedit):
+    Image.open("in.png").save("p3.png", icc_profile=icc_profiles.display_p3())
+    assert line_says_no_profile(iedit(f"edit p3.png car -o out.bmp {QUICK}"))
+    assert not line_says_no_profile(iedit(f"edit p3.png car -o out.png {QUICK}"))
+    assert not line_says_no_profile(iedit(f"edit in.png car -o out.bmp {QUICK}"))
+
+
+def line_says_no_profile(line):
+    return line.endswith(", BMP keeps no colour profile (PNG does)")
+
+
 def test_heic_names_the_package_that_reads_it(folder, model, capfd):
     (folder / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(64))
     assert cli.main(["edit", "photo.heic", "car", "-o", "out.png", "--model", str(model)]) == 2
@@ -336,6 +347,11 @@ def test_whole_frame_and_crop_padding_decide_otherwise(folder, iedit):
 def test_a_picture_of_the_models_size_or_all_marked_is_edited_whole(folder, iedit):
     assert "around the mask" not in iedit(f"edit in.png car -o out.png --mask mask.png {QUICK}")
     large_picture(folder, box=(0, 0, 400, 300))
+    assert iedit(f"edit large.png car -o out.png --mask small.png {QUICK}").endswith(", processed at 64 px")
+
+
+def test_a_strip_whose_region_would_be_too_thin_is_edited_whole(folder, iedit):
+    large_picture(folder, box=(100, 40, 160, 44), size=(1000, 100))
     assert iedit(f"edit large.png car -o out.png --mask small.png {QUICK}").endswith(", processed at 64 px")
 
 

@@ -677,6 +677,10 @@ def test_a_mask_model_that_gives_nan_is_an_error(mask_pipe):
         ({"prompt": None}, "Provide either `prompt` or `prompt_embeds`"),
         ({"prompt_embeds": torch.zeros(1, 77, 32)}, "Cannot forward both `prompt`"),
         ({"negative_prompt": ["a", "b"]}, "`negative_prompt` holds 2 entries"),
+        (
+            {"negative_prompt_embeds": torch.zeros(3, 77, 32)},
+            "`negative_prompt_embeds` holds 3 entries for a batch of 1",
+        ),
         ({"generator": [generator()] * 2}, "`generator` holds 2 generators for 1 results"),
     ],
 )
@@ -883,3 +887,19 @@ def test_a_brush_layer_edits_where_it_is_painted(pipe):
 def test_bad_regions_are_named(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe(**({"image": picture(), "mask_image": box_mask()} | QUICK | arguments))
+
+
+def test_negative_embeddings_serve_one_image_or_all(pipe):
+    _, negative = pipe.encode_prompt("", "cpu", 1, True, negative_prompt="grass")
+    # Regions of different shapes, which are edited in two batches.
+    arguments = {
+        "image": [picture(96, 64, seed=seed) for seed in range(2)],
+        "prompt": ["a car", "a dog"],
+        "mask_image": [box_mask(96, 64, box) for box in ((8, 8, 15, 15), (0, 0, 90, 60))],
+        "padding_mask_crop": 4,
+        "output_type": "np",
+    } | QUICK
+    by_words = pipe(negative_prompt="grass", generator=[generator(0), generator(1)], **arguments).images
+    for embeds in (negative, negative.repeat(2, 1, 1)):
+        images = pipe(negative_prompt_embeds=embeds, generator=[generator(0), generator(1)], **arguments).images
+        assert np.array_equal(images, by_words)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageCms, ImageDraw
 
 from diffusers_iedit import mini
 from diffusers_iedit.regions_iedit import (
@@ -62,6 +62,14 @@ def test_dpi_and_colour_profile_are_carried_and_nothing_else():
     assert image.info == {"dpi": (300, 300), "icc_profile": icc_profiles.display_p3()}
 
 
+@pytest.mark.parametrize("dpi", [(0, 0), (300, 0), (float("nan"), 300), (1e9, 1e9), (-72, -72), 300, "300", (300,)])
+def test_a_dpi_that_no_file_can_be_saved_with_is_left_out(dpi):
+    source = picture()
+    source.info["dpi"] = dpi
+    photo = read_photos(source)[0]
+    assert "dpi" not in to_output([photo.pixels], "pil", [photo])[0].info
+
+
 def test_models_see_srgb_and_the_profile_leads_back():
     source = Image.new("RGB", (16, 16), (200, 60, 40))
     source.info["icc_profile"] = icc_profiles.display_p3()
@@ -102,6 +110,34 @@ def test_a_cmyk_photo_with_a_broken_profile_is_converted_without_it(caplog):
     assert "colour profile cannot be used" in caplog.text
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "F"])
+def test_a_grey_photo_becomes_srgb_by_its_profile_which_is_left_out(mode):
+    source = Image.new("L", (16, 16), 255 if mode == "1" else 100).convert(mode)
+    source.info["icc_profile"] = icc_profiles.grey()
+    photo = read_photos(source)[0]
+    assert photo.icc_profile is None
+    colour = photo.pixels[:3, 0, 0].tolist()
+    assert max(colour) - min(colour) <= 1
+    assert min(colour) >= (254 if mode == "1" else 150)
+
+
+@pytest.mark.parametrize("profile", [icc_profiles.grey(), b"broken"])
+def test_a_transparent_grey_level_stays_transparent_whatever_the_profile(profile):
+    source = Image.new("L", (16, 16), 100)
+    source.putpixel((3, 2), 7)
+    source.info.update(transparency=7, icc_profile=profile)
+    alpha = read_photos(source)[0].pixels[3]
+    assert alpha[2, 3] == 0
+    assert alpha.sum() == 255 * (16 * 16 - 1)
+
+
+def test_a_lab_picture_becomes_srgb_and_its_profile_is_left_out():
+    lab = ImageCms.createProfile("LAB")
+    source = ImageCms.profileToProfile(picture(), ImageCms.createProfile("sRGB"), lab, outputMode="LAB")
+    source.info["icc_profile"] = ImageCms.ImageCmsProfile(lab).tobytes()
+    assert read_photos(source)[0].icc_profile is None
+
+
 # Reading masks
 
 
@@ -130,6 +166,14 @@ def test_an_opaque_mask_is_read_by_its_grey_with_and_without_an_alpha_channel():
     ImageDraw.Draw(grey).rectangle((8, 6, 15, 11), fill=255)
     for mode in ("L", "RGB", "RGBA", "LA"):
         assert torch.equal(read_masks(grey.convert(mode), 1, (24, 32))[0], mask_of((24, 32), (8, 6, 16, 12)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_a_label_image_of_zeros_and_ones_is_an_error_and_no_mask_of_next_to_nothing(dtype):
+    labels = np.zeros((24, 32), dtype=dtype)
+    labels[6:12, 8:16] = 1 if dtype is np.uint8 else 255
+    with pytest.raises(ValueError, match="`mask_image` has the grey values 0 and 1 only, where 255 means edit"):
+        read_masks(Image.fromarray(labels), 1, (24, 32))
 
 
 def test_a_layer_without_a_stroke_is_the_error_of_an_empty_mask():

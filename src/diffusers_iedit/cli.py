@@ -522,6 +522,8 @@ def _read_notes(path: Path, image: Image.Image, output: Path) -> list[str]:
     image_format = FORMATS[output.suffix.lower()][0]
     if image_format in LOSSY:
         notes.append(f"{image_format} compresses what was not edited anew (PNG keeps every byte)")
+    if image_format == "BMP" and "icc_profile" in image.info:
+        notes.append("BMP keeps no colour profile (PNG does)")
     return notes
 
 

@@ -707,8 +707,13 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             negative_prompt = self._expand(negative_prompt, batch_size, "negative_prompt")
         if num_prompts < batch_size and prompt_embeds is not None:
             prompt_embeds = prompt_embeds.repeat(batch_size, 1, 1)
-            if negative_prompt_embeds is not None:
-                negative_prompt_embeds = negative_prompt_embeds.repeat(batch_size, 1, 1)
+        if negative_prompt_embeds is not None:
+            if len(negative_prompt_embeds) not in (1, batch_size):
+                raise ValueError(
+                    f"`negative_prompt_embeds` holds {len(negative_prompt_embeds)} entries for a batch of"
+                    f" {batch_size}; pass one or {batch_size}."
+                )
+            negative_prompt_embeds = negative_prompt_embeds.expand(batch_size, -1, -1)
         if num_images < batch_size and photos is not None:
             photos = photos * batch_size
         elif num_images < batch_size:

@@ -134,20 +134,35 @@ def _upright_8bit(image: Image.Image) -> Image.Image:
     return image
 
 
+def _usable_dpi(dpi) -> tuple[float, float] | None:
+    """The DPI that a file names, or None where it is none (0, NaN) or more than formats hold: saving would fail."""
+    try:
+        horizontal, vertical = (float(value) for value in dpi)
+    except (TypeError, ValueError):
+        return None
+    return (horizontal, vertical) if 0 < horizontal <= 65535 and 0 < vertical <= 65535 else None
+
+
 def _read_pil(image: Image.Image) -> Photo:
-    profile, dpi = image.info.get("icc_profile"), image.info.get("dpi")
+    profile, dpi = image.info.get("icc_profile"), _usable_dpi(image.info.get("dpi"))
+    if image.mode == "LAB":
+        profile = None  # It becomes sRGB.
     image = _upright_8bit(image)
+    if profile and image.mode in ("1", "F"):
+        image = image.convert("L")
     if profile and image.mode in ("L", "LA", "CMYK"):
         # The result has three colours, which the profile of one or four does not describe: it becomes sRGB.
-        alpha = image.getchannel("A") if image.mode == "LA" else None
+        alpha = image.convert("LA").getchannel("A") if image.has_transparency_data else None
         try:
             own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            colours = image if alpha is None else image.getchannel("L")
+            colours = image if image.mode == "CMYK" else image.convert("L")
             image = ImageCms.profileToProfile(colours, own, _SRGB, outputMode="RGB")  # type: ignore[assignment]
-            profile = None
         except (ImageCms.PyCMSError, OSError, ValueError) as error:
             logger.warning(f"The picture's colour profile cannot be used ({error}); it is left out.")
-            image, profile = image.convert("RGB"), None
+            image = image.convert("RGB")
+        profile = None
+        # Of one grey level that is transparent, which now is none of three colours.
+        image.info.pop("transparency", None)
         if alpha is not None:
             image.putalpha(alpha)
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
@@ -232,7 +247,10 @@ def read_mask(mask, name: str) -> list[torch.Tensor]:
             alpha = mask.convert("RGBA").getchannel("A")
             # A layer that was painted on; an opaque picture is a mask by its grey.
             mask = alpha if alpha.getextrema()[0] < 255 else mask.convert("RGB")
-        return [to_unit_range(_to_tensor(mask.convert("L")))]
+        mask = mask.convert("L")
+        if mask.getextrema()[1] == 1:
+            raise ValueError(f"`{name}` has the grey values 0 and 1 only, where 255 means edit.")
+        return [to_unit_range(_to_tensor(mask))]
     if not isinstance(mask, (np.ndarray, torch.Tensor)):
         raise TypeError(
             f"`{name}` has to be a PIL image, a numpy array, a torch tensor or a list of these, but contains"
@@ -353,14 +371,17 @@ def automatic_padding(mask: torch.Tensor, resolution: int) -> int | None:
     """The padding with which a mask's surroundings are best cut out, or None to edit the whole picture.
 
     It is half of the longer side of the mask's bounding box, so that the thing fills half of what the model sees. The
-    whole picture is edited if it is no larger than the model's pictures, or if the region would leave nothing out.
+    whole picture is edited if it is no larger than the model's pictures, if the region would leave nothing out, or if
+    it would be too thin at the model's size.
 
     Args:
         mask (`torch.Tensor`): (1, H, W), somewhere above 0.
         resolution (`int`): The longer side of the model's own pictures, in pixels.
     """
     padding = -(-max(bounding_box(mask).size) // 2)
-    if max(mask.shape[-2:]) <= resolution or surrounding_region(mask, padding).size == tuple(mask.shape[-2:]):
+    region = surrounding_region(mask, padding)
+    too_thin = min(work_size(region.size, resolution)) < MIN_IMAGE_SIZE
+    if max(mask.shape[-2:]) <= resolution or region.size == tuple(mask.shape[-2:]) or too_thin:
         return None
     return padding
 
