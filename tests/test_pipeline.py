@@ -903,3 +903,10 @@ def test_negative_embeddings_serve_one_image_or_all(pipe):
     for embeds in (negative, negative.repeat(2, 1, 1)):
         images = pipe(negative_prompt_embeds=embeds, generator=[generator(0), generator(1)], **arguments).images
         assert np.array_equal(images, by_words)
+
+
+def test_a_region_that_is_edited_too_large_is_not_told_to_be_cut_out(pipe, caplog):
+    pipe(picture(200, 150), mask_image=box_mask(200, 150), padding_mask_crop=8, processing_resolution=136, **QUICK)
+    assert "The edit runs at 136x136 pixels" in caplog.text
+    assert "`processing_resolution=64`" in caplog.text
+    assert "padding_mask_crop" not in caplog.text

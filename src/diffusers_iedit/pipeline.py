@@ -748,11 +748,13 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
                 )
         largest = max(work_sizes, key=max)
         if max(largest) > 2 * self.native_resolution:
+            ways = [f"to edit a small copy, pass `processing_resolution={self.native_resolution}`"]
+            if padding_mask_crop is None:
+                ways.append("to edit only the surroundings of a mask, `padding_mask_crop=32`")
             logger.warning(
                 f"The edit runs at {largest[1]}x{largest[0]} pixels, which takes much memory and is far from the"
-                f" {self.native_resolution} pixels of the model. To edit only the surroundings of the mask, pass"
-                " `padding_mask_crop=32`; to edit a small copy of the whole,"
-                f" `processing_resolution={self.native_resolution}`. The result is set into the original."
+                f" {self.native_resolution} pixels of the model; {'; '.join(ways)}. The result is set into the"
+                " original."
             )
 
         # 5. Edit, in one batch unless regions differ in shape, and set what came into the source's own pixels
