@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -84,7 +85,10 @@ def test_without_fine_tuning_and_mask_iedit_is_sdedit_with_the_same_noise(models
 
 
 def test_blended_diffusion_is_eq_13_with_the_base_but_for_the_pixels_outside(models, examples):
-    blended, ours = edit("blended", examples, models), edit("sdedit-given", examples, models)
+    blended = edit("blended", examples, models)
+    # Blended Latent Diffusion does not bring the colours of its decode to the source's.
+    with mock.patch("diffusers_iedit.pipeline.match_colours", lambda edited, *_: edited):
+        ours = edit("sdedit-given", examples, models)
     masks = np.stack([np.asarray(example.mask) for example in examples]) > 0
     # Where the edge of a latent is not the edge of a pixel, the two differ.
     assert np.median(np.abs(pixels(blended) - pixels(ours))[masks]) <= 2
@@ -622,7 +626,9 @@ class Talks(Sources):
         return super().__call__(*args)
 
 
-def test_what_is_logged_stands_on_lines_of_its_own(tmp_path, capfd):
+def test_what_is_logged_stands_on_lines_of_its_own(tmp_path, capfd, caplog):
+    # A training in the same process has silenced it.
+    caplog.set_level("WARNING", logger="diffusers")
     assert run(tmp_path / "out", methods="test_evaluate:Talks") == 0
     written = capfd.readouterr().err
     # What a terminal shows: a return to the start of the line writes over what stands there.

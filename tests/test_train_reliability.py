@@ -397,7 +397,7 @@ def test_an_error_ends_the_command_at_once_with_one_line(context, tmp_path, base
     assert time.monotonic() - began < 60
     printed = (tmp_path / "log").read_text()
     assert printed.endswith(
-        "train_iedit.py: error: Row 10 of the pairs: `source_mask` is black: it marks nothing to edit.\n"
+        "train_iedit.py: error: Row 10 of the pairs: `source_mask` is black (255 = edit): it marks nothing to edit.\n"
     )
     assert "Traceback" not in printed
 
