@@ -818,19 +818,30 @@ def test_process_without_a_hub(folder):
     assert "hf_secret" not in result.stderr
 
 
+def cpu_seconds(run):
+    """What `run` returns, and the CPU seconds of the processes that it waited for."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = run()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return result, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def test_process_with_the_mini_models_is_quick_and_says_only_what_matters(folder):
     mini.render(seed=0).image.save("in.png")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = run_process(
-        *["edit", "in.png", "a blue car on green grass " * 20, "-o", "out.png", "--mask-prompt", "car"],
-        *["--model", "mini", "--mask-threshold", "0"],
-        OMP_NUM_THREADS="1",
+    code = "import diffusers_iedit.pipeline"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    _, imports = cpu_seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True, env=environment))
+    result, seconds = cpu_seconds(
+        lambda: run_process(
+            *["edit", "in.png", "a blue car on green grass " * 20, "-o", "out.png", "--mask-prompt", "car"],
+            *["--model", "mini", "--mask-threshold", "0"],
+            OMP_NUM_THREADS="1",
+        )
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(r"out\.png: \d+\.\d s, seed \d+\n", result.stdout)
     assert "truncated" in result.stderr
     assert "torchvision" not in result.stderr
     assert "Loading" not in result.stderr
-    # Seconds of CPU on one thread, which unlike those on the clock do not depend on what else the machine does.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+    # On one thread, an edit takes little more than importing the libraries, however fast the machine is.
+    assert seconds < 1.5 * imports
