@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import socket
+import sys
 
 import numpy as np
 import pytest
@@ -452,7 +453,7 @@ def test_an_evaluation_without_a_network_goes_on_with_the_metrics_that_can_be_ha
         "mini",
     ]
     process = hub.run(
-        ["python", "-m", "diffusers_iedit.cli", *argv, "--methods", "sdedit", "--steps", "2"],
+        [sys.executable, "-m", "diffusers_iedit.cli", *argv, "--methods", "sdedit", "--steps", "2"],
         HF_ENDPOINT="http://127.0.0.1:9",
     )
     output(process)
