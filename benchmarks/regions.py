@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from diffusers_iedit import IEditPipeline, mini, pipeline
+from diffusers_iedit import IEditPipeline, mini, regions_iedit
 from diffusers_iedit.mini.judging import Judge
 from diffusers_iedit.regions_iedit import automatic_padding, read_masks
 
@@ -135,7 +135,7 @@ def measure_seam(pipe: IEditPipeline, judge: Judge, examples: int, guidance_scal
         rim = inside & (F.max_pool2d((~inside).float()[None, None], 5, 1, 2)[0, 0] > 0)
         truth = np.asarray(target.image, dtype=np.float64)
         for name, values in rows.items():
-            unmatched = mock.patch.object(pipeline, "match_colours", lambda edited, *_: edited)
+            unmatched = mock.patch.object(regions_iedit, "match_colours", lambda edited, *_: edited)
             with unmatched if name == "as decoded" else contextlib.nullcontext():
                 image = pipe(
                     scene.image,

@@ -87,7 +87,7 @@ def test_without_fine_tuning_and_mask_iedit_is_sdedit_with_the_same_noise(models
 def test_blended_diffusion_is_eq_13_with_the_base_but_for_the_pixels_outside(models, examples):
     blended = edit("blended", examples, models)
     # Blended Latent Diffusion does not bring the colours of its decode to the source's.
-    with mock.patch("diffusers_iedit.pipeline.match_colours", lambda edited, *_: edited):
+    with mock.patch("diffusers_iedit.regions_iedit.match_colours", lambda edited, *_: edited):
         ours = edit("sdedit-given", examples, models)
     masks = np.stack([np.asarray(example.mask) for example in examples]) > 0
     # Where the edge of a latent is not the edge of a pixel, the two differ.

@@ -372,7 +372,7 @@ def test_source_prompt_auto_captions_the_source():
 
 
 def test_the_term_of_a_source_prompt_is_logged(mask_pipe, caplog):
-    with caplog.at_level("INFO", logger="diffusers_iedit.pipeline"):
+    with caplog.at_level("INFO", logger="diffusers_iedit.masking_iedit"):
         mask_pipe.predict_mask(picture(), "a boat", source_prompt="A Red Car!", mask_threshold=0.3)
     assert "Looking for 'Red Car': what the prompt changes in 'A Red Car!'." in caplog.text
 

@@ -5,12 +5,18 @@ import math
 import re
 import unicodedata
 from difflib import SequenceMatcher
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers.image_processor import PipelineImageInput
+from diffusers.utils import logging
 from PIL import Image
 
+from .regions_iedit import Photo, as_list, check_pixels, read_masks, read_photos, to_output
+
+
+logger = logging.get_logger(__name__)
 
 # Words that name nothing in a picture. They end a phrase, and a difference made of them alone is none ("a" -> "an").
 _FUNCTION_WORDS = frozenset(
@@ -453,3 +459,218 @@ def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
         total = total + eroded
     part.copy_(total / (width + 1))
     return feathered
+
+
+# Where a pipeline is to edit
+
+
+_LOAD_MASK_MODEL = """    from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
+    repo = "CIDAS/clipseg-rd64-refined"
+    {call}
+        mask_model=CLIPSegForImageSegmentation.from_pretrained(repo).to(pipe.device),
+        mask_processor=CLIPSegProcessor.from_pretrained(repo),
+    )"""
+_LOAD_CAPTIONER = """    from transformers import BlipForConditionalGeneration, BlipProcessor
+    repo = "Salesforce/blip-image-captioning-large"
+    {call}
+        captioner=BlipForConditionalGeneration.from_pretrained(repo).to(pipe.device),
+        caption_processor=BlipProcessor.from_pretrained(repo),
+    )"""
+
+
+def check_texts(**texts) -> None:
+    """Raises `TypeError` unless each is a string, a list of strings or None."""
+    for name, text in texts.items():
+        for entry in () if text is None else as_list(text):
+            if not isinstance(entry, str):
+                swapped = "; the image comes first: `pipe(image, prompt)`" if name == "prompt" else ""
+                raise TypeError(
+                    f"`{name}` has to be a string or a list of strings, but contains {type(entry).__name__}{swapped}."
+                )
+
+
+def check_finite(values: torch.Tensor, what: str, way_out: str) -> None:
+    """Raise before NaN or infinity becomes a black picture. `values`: (N, ...), one entry a result."""
+    finite = values.isfinite().flatten(1).all(dim=1).tolist()
+    if not all(finite):
+        results = ", ".join(str(index) for index, is_finite in enumerate(finite) if not is_finite)
+        raise FloatingPointError(f"{what} NaN or infinity in result {results} of {len(finite)} (from 0). {way_out}")
+
+
+def float16_way_out(name: str, model) -> str:
+    """What helps when `model`, which users call `name`, gives NaN or infinity."""
+    if model.dtype == torch.float16:
+        return (
+            f"In float16 nothing above 65504 has a number: run it in float32, `pipe.{name}.to(torch.float32)`, or load"
+            " the pipeline in bfloat16."
+        )
+    return f"It ran in {str(model.dtype).removeprefix('torch.')}, so the weights of `{name}` may be damaged."
+
+
+def expand(value, batch_size: int, name: str) -> list:
+    """One entry, or a list of one or `batch_size` of them, as a list of `batch_size`."""
+    values = as_list(value)
+    if len(values) not in (1, batch_size):
+        raise ValueError(
+            f"`{name}` holds {len(values)} entries for a batch of {batch_size}; pass one or {batch_size}."
+        )
+    return values * batch_size if len(values) == 1 else values
+
+
+class MaskFinderMixin:
+    """What `mask_image`, `mask_prompt` and `source_prompt` of an edit mean, for whoever has the models to find out.
+
+    The mask model, its processor, the captioner and its processor are None where they are not there.
+    """
+
+    mask_model: Any
+    mask_processor: Any
+    captioner: Any
+    caption_processor: Any
+
+    # How a user gives this object a model, for messages.
+    _load_call = "pipe.register_modules("
+
+    @property
+    def _finding_device(self) -> torch.device:
+        """Where mask model and captioner run."""
+        raise NotImplementedError
+
+    def _check_where(
+        self,
+        prompt,
+        mask_image,
+        mask_prompt,
+        source_prompt,
+        mask_dilation,
+        mask_feather,
+    ) -> None:
+        """Raises unless at most one way to say where is given, and possible."""
+        check_texts(prompt=prompt, mask_prompt=mask_prompt, source_prompt=source_prompt)
+        choice = {"mask_image": mask_image, "mask_prompt": mask_prompt, "source_prompt": source_prompt}
+        given = [f"`{name}`" for name, value in choice.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"Pass only one of `mask_image`, `mask_prompt` and `source_prompt`, not {given}.")
+        if mask_image is None and given and (self.mask_model is None or self.mask_processor is None):
+            load = _LOAD_MASK_MODEL.format(call=self._load_call)
+            raise ValueError(f"{given[0]} needs a mask model, but there is none. Load one with\n{load}")
+        if "auto" in as_list(source_prompt) and (self.captioner is None or self.caption_processor is None):
+            load = _LOAD_CAPTIONER.format(call=self._load_call)
+            raise ValueError(f'`source_prompt="auto"` needs a captioner, but there is none. Load one with\n{load}')
+        if source_prompt is not None and prompt is None:
+            raise ValueError("`source_prompt` is compared with `prompt`, which was not passed.")
+        check_pixels("mask_dilation", mask_dilation)
+        check_pixels("mask_feather", mask_feather)
+
+    def _caption(self, images: list[Image.Image]) -> list[str]:
+        inputs = self.caption_processor(images=images, return_tensors="pt").to(self._finding_device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.captioner.dtype)
+        token_ids = self.captioner.generate(**inputs, max_new_tokens=30)
+        return self.caption_processor.batch_decode(token_ids, skip_special_tokens=True)
+
+    def _terms(self, images: list[Image.Image], prompt, mask_prompt, source_prompt) -> list[str]:
+        """What to look for in each image."""
+        if mask_prompt is not None:
+            terms = expand(mask_prompt, len(images), "mask_prompt")
+        else:
+            captions = expand(source_prompt, len(images), "source_prompt")
+            if "auto" in captions:
+                automatic = self._caption(images)
+                captions = [
+                    auto if given == "auto" else given for given, auto in zip(captions, automatic, strict=True)
+                ]
+            prompts = expand(prompt, len(images), "prompt")
+            terms = [difference_term(caption, text) for caption, text in zip(captions, prompts, strict=True)]
+            for term, caption, text in zip(terms, captions, prompts, strict=True):
+                if not term:
+                    raise ValueError(
+                        f"`source_prompt` {caption!r} and `prompt` {text!r} differ in no word that names a thing, so"
+                        " there is no region to look for."
+                    )
+                logger.info(f"Looking for {term!r}: what the prompt changes in {caption!r}.")
+        for term in terms:
+            if not clean_term(term):
+                raise ValueError(f"`mask_prompt` has to name what to edit, but is {term!r}.")
+        return terms
+
+    def _find(self, photos: list[Photo], prompt, mask_prompt, source_prompt, mask_threshold: float) -> torch.Tensor:
+        """Masks by words, (B, 1, H, W) of zeros and ones."""
+        if not 0 <= mask_threshold < 1:
+            raise ValueError(f"`mask_threshold` has to be a probability in [0, 1), but is {mask_threshold!r}.")
+        images = [photo.image() for photo in photos]
+        masks = []
+        for index, (image, term) in enumerate(
+            zip(images, self._terms(images, prompt, mask_prompt, source_prompt), strict=True)
+        ):
+            try:
+                found = search(self.mask_model, self.mask_processor, image, term, mask_threshold, self._finding_device)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} {float16_way_out('mask_model', self.mask_model)}") from error
+            masks.append((found.probability > mask_threshold).float())
+            if not masks[-1].any():
+                raise ValueError(
+                    f"The predicted mask is empty: nothing in image {index} looks like {term!r} with a probability"
+                    f" above `mask_threshold` {mask_threshold} ({found.extent})."
+                )
+        return torch.stack(masks)
+
+    def _masks(
+        self,
+        photos: list[Photo] | None,
+        batch_size: int,
+        size: tuple[int, int],
+        prompt,
+        mask_image,
+        mask_prompt,
+        source_prompt,
+        mask_threshold: float,
+        mask_dilation: int,
+    ) -> torch.Tensor | None:
+        """M, given or found, dilated: (B, 1, H, W), or None where none was asked for. `photos` is None for latents."""
+        if mask_image is not None:
+            mask = read_masks(mask_image, batch_size, size)
+        elif mask_prompt is None and source_prompt is None:
+            return None
+        elif photos is None:
+            raise ValueError("`image` holds latents, in which no mask can be predicted; pass `mask_image`.")
+        else:
+            mask = self._find(photos, prompt, mask_prompt, source_prompt, mask_threshold)
+        return dilate(mask, mask_dilation)
+
+    @torch.no_grad()
+    def predict_mask(
+        self,
+        image: PipelineImageInput,
+        prompt: str | list[str] | None = None,
+        mask_prompt: str | list[str] | None = None,
+        source_prompt: str | list[str] | None = None,
+        mask_threshold: float = 0.5,
+        mask_dilation: int = 0,
+        mask_feather: int = 0,
+        output_type: str = "pil",
+    ) -> list[Image.Image] | Any:
+        """The mask that an edit would be made with, and nothing else (Sec. 3.4).
+
+        Args:
+            image: As for an edit, B images.
+            prompt (`str` or `list[str]`, *optional*): The edit prompt, needed with `source_prompt`.
+            mask_prompt, source_prompt, mask_threshold, mask_dilation, mask_feather: As for an edit.
+            output_type (`str`): `"pil"`, `"np"` or `"pt"`.
+
+        Returns:
+            B masks at image size, 1 (white) = edit: a list of mode "L" images, an array (B, H, W, 1) or a tensor
+            (B, 1, H, W) in [0, 1].
+
+        Raises:
+            `ValueError`: When neither or both ways are given, no mask model is loaded, or nothing is found.
+        """
+        if mask_prompt is None and source_prompt is None:
+            raise ValueError("Pass `mask_prompt`, or `source_prompt` together with `prompt`.")
+        self._check_where(prompt, None, mask_prompt, source_prompt, mask_dilation, mask_feather)
+        photos = read_photos(image)
+        mask = self._find(photos, prompt, mask_prompt, source_prompt, mask_threshold)
+        self._after_finding()
+        return to_output(list(feather(dilate(mask, mask_dilation), mask_feather)), output_type)
+
+    def _after_finding(self) -> None:
+        """Called when the models have done their part."""

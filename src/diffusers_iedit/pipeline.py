@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
@@ -33,25 +32,17 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from .masking_iedit import clean_term, difference_term, dilate, feather, search
+from .masking_iedit import MaskFinderMixin, check_finite, check_texts, expand, feather, float16_way_out
 from .regions_iedit import (
-    MIN_IMAGE_SIZE,
-    Photo,
-    Region,
     as_list,
     blacked_out,
-    check_pixels,
+    check_sizes,
     cut_out,
-    match_colours,
     pad_to_multiple,
-    read_masks,
+    plan_edits,
     read_photos,
-    resize,
-    set_back,
-    surrounding_region,
     to_output,
     to_unit_range,
-    work_size,
 )
 from .scheduling_iedit import IEditMaskedScheduler
 
@@ -60,23 +51,6 @@ logger = logging.get_logger(__name__)
 
 # What has to lie beside the weights for `custom_pipeline=`; `pipeline.py` is the name diffusers looks for.
 CODE_FILES = ("pipeline.py", "scheduling_iedit.py", "masking_iedit.py", "regions_iedit.py")
-
-LOAD_MASK_MODEL = (
-    "    from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor\n"
-    '    repo = "CIDAS/clipseg-rd64-refined"\n'
-    "    pipe.register_modules(\n"
-    "        mask_model=CLIPSegForImageSegmentation.from_pretrained(repo).to(pipe.device),\n"
-    "        mask_processor=CLIPSegProcessor.from_pretrained(repo),\n"
-    "    )"
-)
-LOAD_CAPTIONER = (
-    "    from transformers import BlipForConditionalGeneration, BlipProcessor\n"
-    '    repo = "Salesforce/blip-image-captioning-large"\n'
-    "    pipe.register_modules(\n"
-    "        captioner=BlipForConditionalGeneration.from_pretrained(repo).to(pipe.device),\n"
-    "        caption_processor=BlipProcessor.from_pretrained(repo),\n"
-    "    )"
-)
 
 
 @dataclass
@@ -100,16 +74,6 @@ class IEditPipelineOutput(BaseOutput):
     nsfw_content_detected: list[bool] | None
 
 
-def _check_texts(**texts):
-    for name, text in texts.items():
-        for entry in () if text is None else as_list(text):
-            if not isinstance(entry, str):
-                swapped = "; the image comes first: `pipe(image, prompt)`" if name == "prompt" else ""
-                raise TypeError(
-                    f"`{name}` has to be a string or a list of strings, but contains {type(entry).__name__}{swapped}."
-                )
-
-
 def _check_scheduler(scheduler):
     # Flow matching schedulers have `scale_noise` instead: their straight line to the noise is not what the UNet knows.
     if not hasattr(scheduler, "add_noise"):
@@ -117,23 +81,6 @@ def _check_scheduler(scheduler):
             "`scheduler` has to be one for diffusion models, such as DDIMScheduler or EulerDiscreteScheduler, but"
             f" {type(scheduler).__name__} has no `add_noise`: it is for flow matching or another kind of model."
         )
-
-
-def _check_finite(values: torch.Tensor, what: str, way_out: str):
-    """Raise before NaN or infinity becomes a black picture. `values`: (N, ...), one entry a result."""
-    finite = values.isfinite().flatten(1).all(dim=1).tolist()
-    if not all(finite):
-        results = ", ".join(str(index) for index, is_finite in enumerate(finite) if not is_finite)
-        raise FloatingPointError(f"{what} NaN or infinity in result {results} of {len(finite)} (from 0). {way_out}")
-
-
-def _float16_way_out(name: str, model) -> str:
-    if model.dtype == torch.float16:
-        return (
-            f"In float16 nothing above 65504 has a number: run it in float32, `pipe.{name}.to(torch.float32)`, or load"
-            " the pipeline in bfloat16."
-        )
-    return f"It ran in {str(model.dtype).removeprefix('torch.')}, so the weights of `{name}` may be damaged."
 
 
 def _denoising_way_out(scheduler, unet, strength: float) -> str:
@@ -155,7 +102,7 @@ def _pick(values, indices: list[int]):
     return [values[index] for index in indices] if isinstance(values, list) else values
 
 
-class IEditPipeline(StableDiffusionImg2ImgPipeline):
+class IEditPipeline(MaskFinderMixin, StableDiffusionImg2ImgPipeline):
     r"""Text-guided editing that changes what the prompt talks about and keeps the rest (iEdit, arXiv 2305.05947).
 
     The source is noised to `strength` and denoised towards the prompt; with a mask, Eq. 13 keeps the source's own
@@ -342,140 +289,22 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` has to be a finite number, but is {guidance_scale!r}.")
         _check_scheduler(self.scheduler)
-        _check_texts(
-            prompt=prompt, negative_prompt=negative_prompt, mask_prompt=mask_prompt, source_prompt=source_prompt
-        )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` has to be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
-        self._check_mask_choice(mask_image, mask_prompt, source_prompt)
-        if source_prompt is not None and prompt is None:
-            raise ValueError("`source_prompt` is compared with `prompt`, but `prompt_embeds` was passed instead.")
-        check_pixels("mask_dilation", mask_dilation)
-        check_pixels("mask_feather", mask_feather)
-        if processing_resolution is not None:
-            check_pixels("processing_resolution", processing_resolution, MIN_IMAGE_SIZE)
-        if padding_mask_crop is not None:
-            check_pixels("padding_mask_crop", padding_mask_crop)
-            if mask_image is None and mask_prompt is None and source_prompt is None:
-                raise ValueError(
-                    "`padding_mask_crop` edits the surroundings of a mask; pass `mask_image`, `mask_prompt` or"
-                    " `source_prompt` too."
-                )
-            if output_type == "latent":
-                raise ValueError("`padding_mask_crop` sets pixels back, but `output_type` asks for latents.")
-
-    def _check_mask_choice(self, mask_image, mask_prompt, source_prompt):
-        given = {"mask_image": mask_image, "mask_prompt": mask_prompt, "source_prompt": source_prompt}
-        given = [f"`{name}`" for name, value in given.items() if value is not None]
-        if len(given) > 1:
-            raise ValueError(f"Pass only one of `mask_image`, `mask_prompt` and `source_prompt`, not {given}.")
-        if mask_image is None and given and (self.mask_model is None or self.mask_processor is None):
-            raise ValueError(f"{given[0]} needs a mask model, but there is none. Load one with\n{LOAD_MASK_MODEL}")
-        if "auto" in as_list(source_prompt) and (self.captioner is None or self.caption_processor is None):
-            raise ValueError(
-                f'`source_prompt="auto"` needs a captioner, but there is none. Load one with\n{LOAD_CAPTIONER}'
-            )
+        check_texts(negative_prompt=negative_prompt)
+        self._check_where(prompt, mask_image, mask_prompt, source_prompt, mask_dilation, mask_feather)
+        mask_given = any(each is not None for each in (mask_image, mask_prompt, source_prompt))
+        check_sizes(mask_given, padding_mask_crop, processing_resolution, output_type)
 
     def _is_latents(self, image) -> bool:
         # As in the stock pipeline: a tensor with the VAE's number of channels is taken as it is.
         channels = self.vae.config.latent_channels
         return isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == channels
 
-    def _caption(self, images: list[Image.Image]) -> list[str]:
-        inputs = self.caption_processor(images=images, return_tensors="pt").to(self._execution_device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.captioner.dtype)
-        token_ids = self.captioner.generate(**inputs, max_new_tokens=30)
-        return self.caption_processor.batch_decode(token_ids, skip_special_tokens=True)
+    @property
+    def _finding_device(self) -> torch.device:
+        return self._execution_device
 
-    def _predict_mask(self, photos: list[Photo], prompt, mask_prompt, source_prompt, mask_threshold) -> torch.Tensor:
-        if not 0 <= mask_threshold < 1:
-            raise ValueError(f"`mask_threshold` has to be a probability in [0, 1), but is {mask_threshold!r}.")
-        images = [photo.image() for photo in photos]
-        if mask_prompt is not None:
-            terms = self._expand(mask_prompt, len(images), "mask_prompt")
-        else:
-            captions = self._expand(source_prompt, len(images), "source_prompt")
-            if "auto" in captions:
-                automatic = self._caption(images)
-                captions = [
-                    auto if given == "auto" else given for given, auto in zip(captions, automatic, strict=True)
-                ]
-            prompts = self._expand(prompt, len(images), "prompt")
-            terms = [difference_term(caption, text) for caption, text in zip(captions, prompts, strict=True)]
-            for term, caption, text in zip(terms, captions, prompts, strict=True):
-                if not term:
-                    raise ValueError(
-                        f"`source_prompt` {caption!r} and `prompt` {text!r} differ in no word that names a thing, so"
-                        " there is no region to look for."
-                    )
-                logger.info(f"Looking for {term!r}: what the prompt changes in {caption!r}.")
-        for term in terms:
-            if not clean_term(term):
-                raise ValueError(f"`mask_prompt` has to name what to edit, but is {term!r}.")
-        masks = []
-        for index, (picture, term) in enumerate(zip(images, terms, strict=True)):
-            try:
-                found = search(
-                    self.mask_model, self.mask_processor, picture, term, mask_threshold, self._execution_device
-                )
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{error} {_float16_way_out('mask_model', self.mask_model)}") from error
-            masks.append((found.probability > mask_threshold).float())
-            if not masks[-1].any():
-                raise ValueError(
-                    f"The predicted mask is empty: nothing in image {index} looks like {term!r} with a probability"
-                    f" above `mask_threshold` {mask_threshold} ({found.extent})."
-                )
-        return torch.stack(masks)
-
-    @staticmethod
-    def _expand(value, batch_size: int, name: str) -> list:
-        values = as_list(value)
-        if len(values) not in (1, batch_size):
-            raise ValueError(
-                f"`{name}` holds {len(values)} entries for a batch of {batch_size}; pass one or {batch_size}."
-            )
-        return values * batch_size if len(values) == 1 else values
-
-    @torch.no_grad()
-    def predict_mask(
-        self,
-        image: PipelineImageInput,
-        prompt: str | list[str] | None = None,
-        mask_prompt: str | list[str] | None = None,
-        source_prompt: str | list[str] | None = None,
-        mask_threshold: float = 0.5,
-        mask_dilation: int = 0,
-        mask_feather: int = 0,
-        output_type: str = "pil",
-    ) -> list[Image.Image] | Any:
-        """The mask that `__call__` would edit with, and nothing else (Sec. 3.4).
-
-        Args:
-            image: As in `__call__`, B images.
-            prompt (`str` or `list[str]`, *optional*): The edit prompt, needed with `source_prompt`.
-            mask_prompt, source_prompt, mask_threshold, mask_dilation, mask_feather: As in `__call__`.
-            output_type (`str`): `"pil"`, `"np"` or `"pt"`.
-
-        Returns:
-            B masks at image size, 1 (white) = edit: a list of mode "L" images, an array (B, H, W, 1) or a tensor
-            (B, 1, H, W) in [0, 1].
-
-        Raises:
-            `ValueError`: When neither or both ways are given, no mask model is loaded, or nothing is found.
-        """
-        if mask_prompt is None and source_prompt is None:
-            raise ValueError("Pass `mask_prompt`, or `source_prompt` together with `prompt`.")
-        if source_prompt is not None and prompt is None:
-            raise ValueError("`source_prompt` is compared with `prompt`, which was not passed.")
-        _check_texts(prompt=prompt, mask_prompt=mask_prompt, source_prompt=source_prompt)
-        self._check_mask_choice(None, mask_prompt, source_prompt)
-        check_pixels("mask_dilation", mask_dilation)
-        check_pixels("mask_feather", mask_feather)
-        photos = read_photos(image)
-        mask = self._predict_mask(photos, prompt, mask_prompt, source_prompt, mask_threshold)
+    def _after_finding(self) -> None:
         self.maybe_free_model_hooks()
-        return to_output(list(feather(dilate(mask, mask_dilation), mask_feather)), output_type)
 
     @property
     def native_resolution(self) -> int:
@@ -526,7 +355,7 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         if len(latents) < num_results:
             latents = latents.repeat_interleave(num_images_per_prompt, dim=0)
         latents = latents.to(dtype)
-        _check_finite(latents, "The latents of `image` hold", _float16_way_out("vae", self.vae))
+        check_finite(latents, "The latents of `image` hold", float16_way_out("vae", self.vae))
         noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=dtype)
         return self.scheduler.add_noise(latents, noise, timestep)
 
@@ -534,7 +363,7 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
         """Eq. 6: latents -> pictures (N, 3, H, W) in [0, 1], and which of them the safety checker blacked out."""
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         images = self.vae.decode(scaled, return_dict=False, generator=generator)[0]
-        _check_finite(images, "The decoded picture holds", _float16_way_out("vae", self.vae))
+        check_finite(images, "The decoded picture holds", float16_way_out("vae", self.vae))
         images, flagged = self.run_safety_checker(images, latents.device, latents.dtype)
         flagged = flagged or [False] * len(images)
         images = self.image_processor.postprocess(images, "pt", do_denormalize=[not flag for flag in flagged])
@@ -702,9 +531,9 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
                 f"`generator` holds {len(generator)} generators for {num_results} results; pass one for each."
             )
         if prompt is not None:
-            prompt = self._expand(prompt, batch_size, "prompt")
+            prompt = expand(prompt, batch_size, "prompt")
         if negative_prompt is not None:
-            negative_prompt = self._expand(negative_prompt, batch_size, "negative_prompt")
+            negative_prompt = expand(negative_prompt, batch_size, "negative_prompt")
         if num_prompts < batch_size and prompt_embeds is not None:
             prompt_embeds = prompt_embeds.repeat(batch_size, 1, 1)
         if negative_prompt_embeds is not None:
@@ -720,60 +549,38 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
             image = image.expand(batch_size, -1, -1, -1)
 
         # 3. Find where to edit: M, (B, 1, height, width)
-        mask = None
-        if mask_image is not None:
-            mask = read_masks(mask_image, batch_size, size)
-        elif mask_prompt is not None or source_prompt is not None:
-            if photos is None:
-                raise ValueError("`image` holds latents, in which no mask can be predicted; pass `mask_image`.")
-            mask = self._predict_mask(photos, prompt, mask_prompt, source_prompt, mask_threshold)
-        if mask is not None:
-            mask = dilate(mask, mask_dilation)
+        mask = self._masks(
+            photos, batch_size, size, prompt, mask_image, mask_prompt, source_prompt, mask_threshold, mask_dilation
+        )
+        blend = None if mask is None else feather(mask, mask_feather)
         if photos is not None and output_type != "pil":
             photos = [replace(photo, pixels=to_unit_range(photo.pixels)) for photo in photos]
 
         # 4. Settle which region of each image is edited, and at which size
-        regions = [Region(0, 0, *size)] * batch_size
-        if padding_mask_crop is not None and mask is not None:
-            regions = [surrounding_region(each, padding_mask_crop) for each in mask]
-            processing_resolution = processing_resolution or self.native_resolution
-        # A region is a square or has the image's aspect, but for what whole pixels cannot express.
-        shapes = [region.size if region.height == region.width else size for region in regions]
-        work_sizes = [work_size(shape, processing_resolution) for shape in shapes]
-        for region, (height, width) in zip(regions, work_sizes, strict=True):
-            if padding_mask_crop is not None and min(height, width) < MIN_IMAGE_SIZE:
-                raise ValueError(
-                    f"`padding_mask_crop` {padding_mask_crop} gives a region of {region.width}x{region.height} pixels,"
-                    f" which would be edited at {width}x{height}; its sides have to be {MIN_IMAGE_SIZE} at least."
-                )
-        largest = max(work_sizes, key=max)
-        if max(largest) > 2 * self.native_resolution:
-            ways = [f"to edit a small copy, pass `processing_resolution={self.native_resolution}`"]
-            if padding_mask_crop is None:
-                ways.append("to edit only the surroundings of a mask, `padding_mask_crop=32`")
-            logger.warning(
-                f"The edit runs at {largest[1]}x{largest[0]} pixels, which takes much memory and is far from the"
-                f" {self.native_resolution} pixels of the model; {'; '.join(ways)}. The result is set into the"
-                " original."
-            )
+        cutouts = plan_edits(
+            photos,
+            mask,
+            blend if keep_background else None,
+            batch_size,
+            size,
+            padding_mask_crop,
+            processing_resolution,
+            self.native_resolution,
+        )
 
         # 5. Edit, in one batch unless regions differ in shape, and set what came into the source's own pixels
-        blend = None if mask is None else feather(mask, mask_feather)
+        cell = self.vae_scale_factor
         pictures: dict[int, torch.Tensor] = {}
         flags: dict[int, bool] = {}
-        for size in dict.fromkeys(work_sizes):
-            chosen = [index for index, other in enumerate(work_sizes) if other == size]
+        for size in dict.fromkeys(cutout.size for cutout in cutouts):
+            chosen = [index for index, cutout in enumerate(cutouts) if cutout.size == size]
             results = [n for n in range(num_results) if n // num_images_per_prompt in chosen]
-            pixels = latent_mask = None
+            latent_mask = None
             if photos is not None:
-                pixels = cut_out(_pick(photos, chosen), _pick(regions, chosen), size)
-                image = pad_to_multiple(pixels, self.vae_scale_factor, mode="replicate")
+                pixels = cut_out(_pick(photos, chosen), [cutouts[index].region for index in chosen], size)
+                image = pad_to_multiple(pixels, cell, mode="replicate")
             if mask is not None:
-                # No marked pixel stays unedited: a latent cell is edited if it has one.
-                parts = [F.adaptive_max_pool2d(regions[index].of(mask[index]), size) for index in chosen]
-                work_mask = torch.stack(parts)
-                latent_mask = pad_to_multiple(work_mask, self.vae_scale_factor, mode="constant")
-                latent_mask = F.max_pool2d(latent_mask, self.vae_scale_factor)
+                latent_mask = torch.stack([cutouts[index].latent_mask(cell, cell) for index in chosen])
             with self._masked_scheduler(latent_mask, num_images_per_prompt):
                 latents, _ = super().__call__(
                     prompt=_pick(prompt, chosen),
@@ -798,32 +605,22 @@ class IEditPipeline(StableDiffusionImg2ImgPipeline):
                     callback_on_step_end=callback_on_step_end,
                     callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
                 )
-            _check_finite(
-                latents, "The denoised latents hold", _denoising_way_out(self.scheduler, self.unet, strength)
-            )
+            check_finite(latents, "The denoised latents hold", _denoising_way_out(self.scheduler, self.unet, strength))
             if output_type == "latent":
                 images = latents
                 break
             edited, flagged = self._decode(latents, _pick(generator, results))
             # On the CPU, so that a GPU holds what the model works on alone.
             edited = edited[..., : size[0], : size[1]].float().cpu()
-            if pixels is not None and latent_mask is not None and keep_background:
-                footprint = F.interpolate(latent_mask, scale_factor=self.vae_scale_factor)[..., : size[0], : size[1]]
-                places = [place for place in range(len(chosen)) for _ in range(num_images_per_prompt)]
-                matched = (
-                    match_colours(picture, pixels[place], work_mask[place], footprint[place])
-                    for picture, place in zip(edited, places, strict=True)
-                )
-                edited = torch.stack(list(matched))
             for n, picture, flag in zip(results, edited, flagged, strict=True):
                 pictures[n], flags[n] = picture, flag
                 if photos is not None:
                     index = n // num_images_per_prompt
-                    region, kept = regions[index], blend[index] if blend is not None and keep_background else None
-                    pictures[n] = set_back(photos[index], region, resize(picture[None], region.size)[0], kept)
-                    if flag:
-                        # What the safety checker blacked out stays black.
-                        pictures[n] = blacked_out(photos[index])
+                    source = pixels[chosen.index(index)]
+                    # What the safety checker blacked out stays black.
+                    pictures[n] = (
+                        blacked_out(photos[index]) if flag else cutouts[index].set_back(picture, source, cell, cell)
+                    )
 
         # 6. Bring images and masks into the form asked for
         self.maybe_free_model_hooks()

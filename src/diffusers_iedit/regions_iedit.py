@@ -536,3 +536,131 @@ def to_output(pictures: list[torch.Tensor], output_type: str, photos: list[Photo
         carried = {"icc_profile": photo.icc_profile, "dpi": photo.dpi}
         image.info.update({name: value for name, value in carried.items() if value is not None})
     return images
+
+
+# From picture to model and back
+
+
+@dataclass
+class Cutout:
+    """Where in its picture one edit takes place, and at which size: the one way from a picture to a model and back.
+
+    Args:
+        photo (`Photo`, *optional*): The source; None where a model is given latents.
+        region (`Region`): The part of it that is edited.
+        size (`tuple[int, int]`): Height and width at which it is edited.
+        mask (`torch.Tensor`, *optional*): M, (1, H, W) in [0, 1]; None where everything is edited.
+        blend (`torch.Tensor`, *optional*): (1, H, W), how far each pixel is replaced at last; None as for `mask`.
+    """
+
+    photo: Photo | None
+    region: Region
+    size: tuple[int, int]
+    mask: torch.Tensor | None
+    blend: torch.Tensor | None
+
+    @cached_property
+    def work_mask(self) -> torch.Tensor:
+        """The mask at the size of the edit, (1, *size): no marked pixel gets lost."""
+        return F.adaptive_max_pool2d(self.region.of(self.mask), self.size)
+
+    def latent_mask(self, cell: int, multiple: int) -> torch.Tensor:
+        """The mask by latent cells of `cell` pixels, (1, h, w): a cell is edited if a pixel of it is.
+
+        `multiple` is what the sides of the model's pictures are padded to.
+        """
+        return F.max_pool2d(pad_to_multiple(self.work_mask[None], multiple, mode="constant"), cell)[0]
+
+    def set_back(self, edited: torch.Tensor, pixels: torch.Tensor, cell: int, multiple: int) -> torch.Tensor:
+        """Bring the colours of an edit to the source's, scale it back, and set it into the source.
+
+        Args:
+            edited (`torch.Tensor`): (3, *size) in [0, 1], as the model decodes it.
+            pixels (`torch.Tensor`): What the model was given, the same shape.
+            cell, multiple (`int`): As for `latent_mask`.
+
+        Returns:
+            `torch.Tensor`: The picture, like `photo.pixels`.
+        """
+        if self.blend is not None:
+            cells = F.interpolate(self.latent_mask(cell, multiple)[None], scale_factor=cell)[0]
+            edited = match_colours(edited, pixels, self.work_mask, cells[..., : self.size[0], : self.size[1]])
+        return set_back(self.photo, self.region, resize(edited[None], self.region.size)[0], self.blend)
+
+
+def plan_edits(
+    photos: list[Photo] | None,
+    mask: torch.Tensor | None,
+    blend: torch.Tensor | None,
+    batch_size: int,
+    size: tuple[int, int],
+    padding_mask_crop: int | None,
+    processing_resolution: int | None,
+    native_resolution: int,
+) -> list[Cutout]:
+    """Settle which region of each picture is edited, and at which size.
+
+    Args:
+        photos (`list[Photo]`, *optional*): The sources, `batch_size` of them; None where a model is given latents.
+        mask (`torch.Tensor`, *optional*): M, (B, 1, H, W).
+        blend (`torch.Tensor`, *optional*): How far each pixel is replaced at last, (B, 1, H, W); None for all of it.
+        batch_size (`int`): B.
+        size (`tuple[int, int]`): Height and width of the pictures.
+        padding_mask_crop, processing_resolution: As for an edit.
+        native_resolution (`int`): The longer side of the pictures that the model was made for.
+
+    Raises:
+        `ValueError`: If a region would be edited at under 8 pixels a side.
+    """
+    regions = [Region(0, 0, *size)] * batch_size
+    crops = padding_mask_crop is not None and mask is not None
+    if crops:
+        regions = [surrounding_region(each, padding_mask_crop) for each in mask]
+        processing_resolution = processing_resolution or native_resolution
+    # A region is a square or has the picture's aspect, but for what whole pixels cannot express.
+    shapes = [region.size if region.height == region.width else size for region in regions]
+    work_sizes = [work_size(shape, processing_resolution) for shape in shapes]
+    for region, (height, width) in zip(regions, work_sizes, strict=True):
+        if crops and min(height, width) < MIN_IMAGE_SIZE:
+            raise ValueError(
+                f"`padding_mask_crop` {padding_mask_crop} gives a region of {region.width}x{region.height} pixels,"
+                f" which would be edited at {width}x{height}; its sides have to be {MIN_IMAGE_SIZE} at least."
+            )
+    largest = max(work_sizes, key=max)
+    if max(largest) > 2 * native_resolution:
+        ways = [f"to edit a small copy, pass `processing_resolution={native_resolution}`"]
+        if padding_mask_crop is None:
+            ways.append("to edit only the surroundings of a mask, `padding_mask_crop=32`")
+        logger.warning(
+            f"The edit runs at {largest[1]}x{largest[0]} pixels, which takes much memory and is far from the"
+            f" {native_resolution} pixels of the model; {'; '.join(ways)}. The result is set into the original."
+        )
+    nothing = [None] * batch_size
+    return [
+        Cutout(*each)
+        for each in zip(
+            nothing if photos is None else photos,
+            regions,
+            work_sizes,
+            nothing if mask is None else mask,
+            nothing if blend is None else blend,
+            strict=True,
+        )
+    ]
+
+
+def check_sizes(mask_given: bool, padding_mask_crop, processing_resolution, output_type: str) -> None:
+    """Raises `ValueError` for values of an edit's arguments that fit no picture."""
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"`output_type` has to be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+    if processing_resolution is not None:
+        check_pixels("processing_resolution", processing_resolution, MIN_IMAGE_SIZE)
+    if padding_mask_crop is not None:
+        check_pixels("padding_mask_crop", padding_mask_crop)
+        if not mask_given:
+            raise ValueError(
+                "`padding_mask_crop` edits the surroundings of a mask; pass `mask_image`, `mask_prompt` or"
+                " `source_prompt` too."
+            )
+        if output_type == "latent":
+            raise ValueError("`padding_mask_crop` sets pixels back, but `output_type` asks for latents.")
