@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,18 +44,22 @@ class EditingFamily(NamedTuple):
     Attributes:
         patch (`int`): How many of the VAE's cells a side are one cell of the latents, before they become tokens.
         has_frames (`bool`): Whether the VAE is a video's, with an axis of frames.
+        area (`int`, *optional*):
+            In pixels; to which the pipeline scales the source that its model sees. Edits of whole pictures run at
+            this size, or what the model sees would be elsewhere than what it edits.
     """
 
     patch: int = 1
     has_frames: bool = False
+    area: int | None = None
 
 
 EDITING_FAMILIES = {
     "FluxKontextPipeline": EditingFamily(),
     "Flux2Pipeline": EditingFamily(patch=2),
     "Flux2KleinPipeline": EditingFamily(patch=2),
-    "QwenImageEditPipeline": EditingFamily(has_frames=True),
-    "QwenImageEditPlusPipeline": EditingFamily(has_frames=True),
+    "QwenImageEditPipeline": EditingFamily(has_frames=True, area=1024**2),
+    "QwenImageEditPlusPipeline": EditingFamily(has_frames=True, area=1024**2),
 }
 """By class; their `_encode_vae_image` encodes the source. All other pipelines are served that take `image` and
 `strength`: these noise the source's latents by their scheduler, which tells all there is to know."""
@@ -65,7 +70,7 @@ _SERVED = (
 )
 
 # Settled by the region, or by what comes back.
-_OWN_ARGUMENTS = ("height", "width", "max_area", "return_dict")
+_OWN_ARGUMENTS = ("height", "width", "max_area", "_auto_resize", "return_dict")
 
 # Of Z-Image, whose configuration does not say.
 _USUAL_RESOLUTION = 1024
@@ -144,7 +149,7 @@ class LocalEditor(MaskFinderMixin):
     >>> from diffusers_iedit import LocalEditor
 
     >>> pipe = AutoPipelineForImage2Image.from_pretrained(
-    ...     "stabilityai/stable-diffusion-xl-base-1.0", torch_dtype=torch.float16
+    ...     "stabilityai/stable-diffusion-xl-base-1.0", dtype=torch.float16
     ... ).to("cuda")
     >>> editor = LocalEditor(pipe)
     >>> image, mask = load_image("photo.jpg"), load_image("mask.png")
@@ -178,7 +183,7 @@ class LocalEditor(MaskFinderMixin):
                 captioner, as the folders of [`IEditPipeline`] do, these are loaded too.
             kwargs:
                 `mask_model`, `mask_processor`, `captioner` and `caption_processor` as for the editor; all others go to
-                [`AutoPipelineForImage2Image.from_pretrained`]: `torch_dtype`, `device_map`, `quantization_config`,
+                [`AutoPipelineForImage2Image.from_pretrained`]: `dtype`, `device_map`, `quantization_config`,
                 `controlnet`, ... Weights are read from safetensors only.
 
         Raises:
@@ -189,7 +194,7 @@ class LocalEditor(MaskFinderMixin):
         names = ("mask_model", "mask_processor", "captioner", "caption_processor")
         finders: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
         if str(model) in SHIPPED_PIPELINES:
-            pipe = load_pipeline(DiffusionPipeline, model, "`model`", dtype=kwargs.pop("torch_dtype", None), **kwargs)
+            pipe = load_pipeline(DiffusionPipeline, model, "`model`", **kwargs)
             # They know the words of the mini world, whatever edits it.
             source, config = mini.model_path(), DiffusionPipeline.load_config(mini.model_path())
         else:
@@ -243,10 +248,15 @@ class LocalEditor(MaskFinderMixin):
             raise ValueError(
                 f"`strength` was passed, but {name} has none: it starts from noise, and sees the source beside it."
             )
+        for embeds in ("prompt_embeds", "negative_prompt_embeds"):
+            pooled = f"{embeds.removesuffix('prompt_embeds')}pooled_prompt_embeds"
+            if pipeline_kwargs.get(embeds) is not None and pooled in takes and pipeline_kwargs.get(pooled) is None:
+                raise ValueError(f"`{embeds}` was passed without `{pooled}`, which {name} needs beside it.")
         for argument in pipeline_kwargs:
             if argument in _OWN_ARGUMENTS:
                 raise TypeError(f"`{argument}` cannot be passed: `LocalEditor` settles it.")
-            if argument not in takes and not any(each.kind is each.VAR_KEYWORD for each in takes.values()):
+            # Also where a pipeline has `**kwargs`: those are for what is deprecated, and it would pass over a slip.
+            if argument not in takes:
                 raise TypeError(f"`{argument}` is an argument of neither `LocalEditor` nor {name}.")
 
     @torch.no_grad()
@@ -283,8 +293,8 @@ class LocalEditor(MaskFinderMixin):
                 Pixels of context around the mask: only this region is edited, at the model's own size. See
                 [`IEditPipeline`].
             processing_resolution (`int`, *optional*):
-                Pixels; the longer side at which the edit runs. By default the image's own, and with
-                `padding_mask_crop` the model's.
+                Pixels; the longer side at which the edit runs. By default the image's own (with
+                Qwen-Image-Edit, its pipeline's), and with `padding_mask_crop` the model's.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"`.
             pipeline_kwargs:
                 Go to the pipeline unread: `strength`, `num_inference_steps`, `guidance_scale`, `generator`,
@@ -318,7 +328,10 @@ class LocalEditor(MaskFinderMixin):
             )
         photos = photos * batch_size if len(photos) == 1 else photos
         prompts = expand(prompt, batch_size, "prompt")
-        size, num_results = photos[0].size, pipeline_kwargs.get("num_images_per_prompt") or 1
+        size, family = photos[0].size, _editing_family(self.pipe)
+        if padding_mask_crop is None and processing_resolution is None and family is not None and family.area:
+            processing_resolution = round(math.sqrt(family.area * max(size) / min(size)))
+        num_results = pipeline_kwargs.get("num_images_per_prompt") or 1
         generator = pipeline_kwargs.get("generator")
         if isinstance(generator, list) and len(generator) != batch_size * num_results:
             raise ValueError(
@@ -381,6 +394,8 @@ class LocalEditor(MaskFinderMixin):
         pixels = (cut_out([cutout.photo], [cutout.region], cutout.size) * 255).round() / 255
         (source,) = to_output([pad_to_multiple(pixels, self._multiple, mode="replicate")[0]], "pil")
         settled = {"width": source.width, "height": source.height, "max_area": source.width * source.height}
+        # Flux Kontext would show its model the source at another size.
+        settled["_auto_resize"] = False
         # Not the user's pipeline is changed for a call, but a copy, which shares all of its models.
         pipe = copy.copy(self.pipe)
         if cutout.mask is not None:
@@ -412,10 +427,8 @@ class LocalEditor(MaskFinderMixin):
             return None
         pixels = self.pipe.image_processor.preprocess(source, source.height, source.width)
         pixels = pixels.to(self.pipe._execution_device, self.pipe.vae.dtype)
-        latents = self.pipe._encode_vae_image(
-            image=pixels[:, :, None] if family.has_frames else pixels, generator=None
-        )
-        return latents[:, :, 0] if family.has_frames else latents
+        pixels = pixels[:, :, None] if family.has_frames else pixels
+        return self.pipe._encode_vae_image(image=pixels, generator=None)
 
     def apply(self, image: PipelineImageInput, edits: Sequence[dict[str, Any]]) -> IEditPipelineOutput:
         """Several edits of one picture, one after the other: the source of each is the result of the one before.
