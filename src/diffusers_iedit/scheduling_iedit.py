@@ -151,7 +151,7 @@ class IEditMaskedScheduler:
             cls.add_noise = _capture_source_of_add_noise(cls.add_noise)
 
     @staticmethod
-    def wrap(scheduler: SchedulerMixin, mask: MaskInput | None, source_latents=None) -> "IEditMaskedScheduler":
+    def wrap(scheduler: SchedulerMixin, mask: MaskInput | None) -> "IEditMaskedScheduler":
         """
         Returns a copy of a scheduler that edits inside a mask only.
 
