@@ -155,6 +155,8 @@ def test_several_results_of_an_image_are_adjacent(editor):
         scene = scenes[number // 2]
         assert np.array_equal(outside(image, scene.mask), outside(scene.image, scene.mask))
     assert not np.array_equal(np.asarray(edit.images[0]), np.asarray(edit.images[1]))
+    alone = editor(scenes[1].image, PROMPT, mask_image=scenes[1].mask, generator=generator(3), **FAST)
+    assert np.array_equal(np.asarray(edit.images[3]), np.asarray(alone.images[0]))
 
 
 def test_one_image_is_edited_towards_each_of_several_prompts(editor):

@@ -279,7 +279,8 @@ class LocalEditor(MaskFinderMixin):
         r"""Edit `image` towards `prompt`, inside the mask if one is asked for.
 
         A batch is a list (or array, or tensor) of B images of one size, edited one after the other: `prompt`,
-        `negative_prompt` and what says where may then be lists of B, and a list of generators has one a result.
+        `negative_prompt` and what says where may then be lists of B. With a list of generators, one a result, every
+        result is made for itself, and is the one that its generator gives alone.
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of these):
@@ -304,7 +305,7 @@ class LocalEditor(MaskFinderMixin):
 
         Returns:
             [`IEditPipelineOutput`]: The results of one image are adjacent. If a callback interrupts the run, the
-            images whose turn did not come are as they were.
+            results whose turn did not come are as the source.
 
         Raises:
             `ValueError` or `TypeError`: For arguments that do not fit; the message names the argument, what was
@@ -360,24 +361,25 @@ class LocalEditor(MaskFinderMixin):
         # 4. Edit, image by image: pipelines take lists of images for references, or in an order of their own
         pictures: list[torch.Tensor] = []
         flags: list[bool] | None = None
-        for index, cutout in enumerate(cutouts):
+        indices = [index for index in range(batch_size) for _ in range(num_results)]
+        interrupted = False
+        while len(pictures) < len(indices) and not interrupted:
+            index = indices[len(pictures)]
             own = dict(pipeline_kwargs)
             if isinstance(generator, list):
-                own["generator"] = generator[index * num_results : (index + 1) * num_results]
+                # Else pipelines encode the source with one generator for all results, and draw the noise with each.
+                own |= {"generator": generator[len(pictures)], "num_images_per_prompt": 1}
             if batch_size > 1 and "negative_prompt" in own:
                 own["negative_prompt"] = expand(own["negative_prompt"], batch_size, "negative_prompt")[index]
-            edited, flagged, interrupted = self._edit(cutout, prompts[index], own)
+            edited, flagged, interrupted = self._edit(cutouts[index], prompts[index], own)
             pictures += edited
             if flagged is not None:
                 flags = [*(flags or ()), *flagged]
-            if interrupted:
-                pictures += [photo.pixels for photo in photos[index + 1 :] for _ in range(num_results)]
-                if flags is not None:
-                    flags += [False] * (len(pictures) - len(flags))
-                break
+        if flags is not None:
+            flags += [False] * (len(indices) - len(flags))
+        pictures += [photos[index].pixels for index in indices[len(pictures) :]]
 
         # 5. Bring images and masks into the form asked for
-        indices = [index for index in range(batch_size) for _ in range(num_results)]
         masks = None if blend is None else to_output([blend[index] for index in indices], output_type)
         images = to_output(pictures, output_type, [photos[index] for index in indices])
         return IEditPipelineOutput(images=images, masks=masks, nsfw_content_detected=flags)
