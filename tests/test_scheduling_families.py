@@ -22,7 +22,7 @@ def pixels():
     return torch.from_numpy(np.array(SOURCE)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def run(family, pipe):
+def run(family, pipe, **kwargs):
     """The latents after the last step: what a call returns, but for Flux.2 Klein, which returns those of its VAE."""
     seen = []
 
@@ -30,7 +30,7 @@ def run(family, pipe):
         seen.append(tensors["latents"])
         return tensors
 
-    settings = family.call | {"prompt": "a red car", "image": SOURCE, "callback_on_step_end": see}
+    settings = family.call | {"prompt": "a red car", "image": SOURCE, "callback_on_step_end": see} | kwargs
     latents = pipe(generator=torch.Generator().manual_seed(0), output_type="latent", **settings).images
     return seen[-1] if family.pipeline_class is Flux2KleinPipeline else latents
 
@@ -82,3 +82,57 @@ def test_a_stock_pipeline_becomes_local(name, small_conditions):  # noqa: F811
     inside = F.adaptive_max_pool2d(mask, latents.shape[-2:]) == 1
     assert torch.equal(torch.where(inside, 0, latents), torch.where(inside, 0, source))
     assert (latents != source).any(dim=1, keepdim=True)[inside].all()
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux", "z-image", "qwen-image", "flux-kontext", "flux2", "qwen-image-edit"])
+def test_several_images_of_a_prompt_keep_one_source(name, small_conditions):  # noqa: F811
+    family = FAMILIES[name]
+    pipe = family.pipe()
+    source = source_of(family, pipe)
+    given = {} if family.encode is None else {"source_latents": source}
+    mask = torch.zeros(1, 1, HEIGHT, WIDTH)
+    mask[..., : WIDTH // 2] = 1
+    pipe.scheduler = IEditMaskedScheduler.wrap(pipe.scheduler, mask, **given)
+    first, second = unpack(family, pipe, run(family, pipe, num_images_per_prompt=2))
+    half = source.shape[-1] // 2
+    for latents in (first, second):
+        assert torch.equal(latents[..., half:], source[0, ..., half:])
+    assert not torch.equal(first, second)
+
+
+def test_an_editing_pipeline_that_is_told_to_begin_late_keeps_the_source():
+    """`sigmas` below one leave Flux Kontext's start as it is: noise."""
+    family = FAMILIES["flux-kontext"]
+    pipe = family.pipe()
+    source = source_of(family, pipe)
+    seen = []
+
+    def see(pipe, step, timestep, tensors):
+        seen.append(unpack(family, pipe, tensors["latents"]))
+        return tensors
+
+    noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(0))
+    masked = IEditMaskedScheduler.wrap(pipe.scheduler, torch.zeros(1, 1, HEIGHT, WIDTH), source_latents=source)
+    pipe.scheduler = masked
+    run(family, pipe, num_inference_steps=2, sigmas=[0.8, 0.4], callback_on_step_end=see)
+    assert 0 < masked.sigmas[1] < masked.sigmas[0] < 1
+    torch.testing.assert_close(seen[0], (1 - masked.sigmas[1]) * source + masked.sigmas[1] * noise)
+    assert torch.equal(seen[1], source)
+
+
+def test_an_image_to_image_pipeline_is_given_no_source():
+    family = FAMILIES["flux"]
+    pipe = family.pipe()
+    source = source_of(family, pipe)
+    pipe.scheduler = IEditMaskedScheduler.wrap(pipe.scheduler, torch.ones(1, 1, 8, 12), source_latents=source)
+    with pytest.raises(ValueError, match="`source_latents` is for pipelines that start from noise"):
+        run(family, pipe)
+
+
+def test_an_editing_pipeline_needs_a_source_of_its_own_size():
+    family = FAMILIES["flux-kontext"]
+    pipe = family.pipe()
+    source = source_of(family, pipe)[..., :-2]
+    pipe.scheduler = IEditMaskedScheduler.wrap(pipe.scheduler, torch.ones(1, 1, 8, 12), source_latents=source)
+    with pytest.raises(ValueError, match=r"`source_latents` .* \(1, 4, 8, 10\), packed .* have shape \(1, 24, 16\)"):
+        run(family, pipe)
