@@ -350,8 +350,8 @@ class IEditMaskedScheduler:
             )
 
         # Packed latents do not tell their height and width: those of the source do, or else those of the mask.
-        size = (self._mask if source.ndim == 3 else source).shape[-2:]
-        side = _token_side(*size, tokens=sample.shape[1]) if sample.ndim == 3 else None
+        height, width = (self._mask if source.ndim == 3 else source).shape[-2:]
+        side = _token_side(height, width, sample.shape[1]) if sample.ndim == 3 else None
         if source.ndim == sample.ndim == 3 and (side is None or sample.shape[2] % side**2):
             raise ValueError(
                 f"`mask` must have the height and width of the latents before they were packed to shape "
@@ -373,8 +373,8 @@ class IEditMaskedScheduler:
             )
 
         mask = self._mask.to(sample.device)
-        if mask.shape[-2:] != size:
-            mask = F.adaptive_max_pool2d(mask, size)
+        if mask.shape[-2:] != (height, width):
+            mask = F.adaptive_max_pool2d(mask, (height, width))
         if side is not None:
             mask = _pack(mask.expand(-1, sample.shape[2] // side**2, -1, -1), side)
         self._on_latents = source.expand(sample.shape), noise, mask
@@ -404,13 +404,15 @@ class IEditMaskedScheduler:
             alpha, sigma = self._sigma_to_alpha_sigma_t(sigma)
         return alpha * source + sigma * noise
 
-    def _blend(self, sample: torch.Tensor) -> torch.Tensor:
-        """Eq. 13 on the latents a step arrived at."""
+    def _blend(self, sample: torch.Tensor, clean: bool = False) -> torch.Tensor:
+        """Eq. 13 on the latents a step arrived at, or on `clean` ones that it predicts."""
         placed = self._on_latents
         if placed is None or placed[0].shape != sample.shape or placed[0].device != sample.device:
             self._lay_on(sample)
         source, noise, mask = self._on_latents
-        source = self._source_at_level(source, noise).to(sample)
+        if not clean:
+            source = self._source_at_level(source, noise)
+        source = source.to(sample)
         if self._soft:
             sample = ((1 - mask) * source + mask * sample).to(sample.dtype)
         # Selected rather than multiplied, so that what the model makes of the outside, NaN included, ends here.
@@ -454,9 +456,16 @@ def _blend_source(base_step):
         output = base_step(self, model_output, timestep, sample, *args, **kwargs)
         if isinstance(self, UNCOUNTED):
             self._arrive(timestep)
+        # LCM's own pipeline returns not the latents but what the last step predicts, `denoised`.
+        returns_denoised = isinstance(self, LCMScheduler)
         if isinstance(output, tuple):
-            return (self._blend(output[0]), *output[1:])
+            latents, *others = output
+            if returns_denoised:
+                others[0] = self._blend(others[0], clean=True)
+            return (self._blend(latents), *others)
         output.prev_sample = self._blend(output.prev_sample)
+        if returns_denoised:
+            output.denoised = self._blend(output.denoised, clean=True)
         return output
 
     return step
