@@ -63,8 +63,8 @@ EDITING_FAMILIES = {
     "QwenImageEditPlusPipeline": EditingFamily(has_frames=True, area=1024**2),
     "StableDiffusionInstructPix2PixPipeline": EditingFamily(),
 }
-"""By class; their `_encode_vae_image`, where they have one, encodes the source. All other pipelines are served that take `image` and
-`strength`: these noise the source's latents by their scheduler, which tells all there is to know."""
+"""By class; their `_encode_vae_image`, where they have one, encodes the source. All other pipelines are served that
+take `image` and `strength`: these noise the source's latents by their scheduler, which tells all there is to know."""
 
 _SERVED = (
     f"any image-to-image pipeline of diffusers (SD, SDXL, SD3, Flux, Chroma, Qwen-Image, Z-Image, Kolors, LCM, and"
