@@ -442,6 +442,15 @@ def test_lists_of_an_evaluation_that_are_given_twice_add_up(tmp_path, monkeypatc
     assert added["strengths"] == [0.3, 0.5, 0.7]
 
 
+@pytest.mark.parametrize("command", ["edit", "mask"])
+def test_help_names_the_models_of_the_package(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert "`mini`" in text
+    assert "`mini-base`" in text
+
+
 def test_help_names_the_values_of_networks(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["evaluate", "--help"])

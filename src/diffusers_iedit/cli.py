@@ -154,7 +154,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         metavar="NAME",
         default=DEFAULT_MODEL,
-        help="a Hub id, a folder, or `mini` for the small models of the package (default: %(default)s)",
+        help="a Hub id, a folder, `mini` for the small models of the package, or `mini-base` for what they were"
+        " fine-tuned from (default: %(default)s)",
     )
     common.add_argument(
         "--device",
