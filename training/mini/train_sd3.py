@@ -23,23 +23,24 @@ T5_TOKENS = 256
 
 
 def silent_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
-    """A T5 encoder whose last norm is 0, so that it says nothing: the rows of zeros that the pipeline has without one.
+    """A T5 encoder that says nothing: the rows of zeros that the pipeline has without one.
 
-    The pipeline cannot be loaded from a folder without a T5, except by those who name it.
+    A folder without a T5 can be loaded only by those who name it.
     """
     tokenizer = T5Tokenizer(extra_ids=0)
     t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1))
-    torch.nn.init.zeros_(t5.encoder.final_layer_norm.weight)
+    for parameter in t5.parameters():
+        torch.nn.init.zeros_(parameter)
     return t5.eval(), tokenizer
 
 
-def frozen_components(vae: Path, clip: Path, **options) -> dict:
-    """All components of the pipeline but the transformer; `options` go to `from_pretrained` of both models."""
-    autoencoder = AutoencoderKL.from_pretrained(vae, **options).eval()
-    # SD3's pipelines compute with it; other pipelines take None.
+def frozen_components(vae: Path, clip: Path, dtype: torch.dtype = torch.float32) -> dict:
+    """All components of the pipeline but the transformer, from the folders of the mini VAE and CLIP."""
+    autoencoder = AutoencoderKL.from_pretrained(vae, torch_dtype=dtype).eval()
+    # SD3's pipelines compute with it, where the others take None.
     autoencoder.register_to_config(shift_factor=0.0)
     tokenizer = CLIPTokenizer.from_pretrained(clip)
-    text_encoder = CLIPTextModelWithProjection.from_pretrained(clip, **options).eval()
+    text_encoder = CLIPTextModelWithProjection.from_pretrained(clip, dtype=dtype).eval()
     t5, t5_tokenizer = silent_t5(2 * text_encoder.config.hidden_size)
     return {
         "vae": autoencoder,
@@ -48,7 +49,7 @@ def frozen_components(vae: Path, clip: Path, **options) -> dict:
         # The pipeline has to have two.
         "text_encoder_2": text_encoder,
         "tokenizer_2": tokenizer,
-        "text_encoder_3": t5.to(text_encoder.dtype),
+        "text_encoder_3": t5.to(dtype),
         "tokenizer_3": t5_tokenizer,
         "scheduler": FlowMatchEulerDiscreteScheduler(),
     }
