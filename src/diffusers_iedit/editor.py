@@ -328,6 +328,8 @@ class LocalEditor(MaskFinderMixin):
 
         # 2. Read the sources
         photos = read_photos(image)
+        if output_type != "pil":
+            photos = [replace(photo, pixels=to_unit_range(photo.pixels)) for photo in photos]
         batch_size = max(len(photos), len(as_list(prompt)))
         if len(photos) not in (1, batch_size):
             raise ValueError(
@@ -351,8 +353,6 @@ class LocalEditor(MaskFinderMixin):
             photos, batch_size, size, prompt, mask_image, mask_prompt, source_prompt, mask_threshold, mask_dilation
         )
         blend = None if mask is None else feather(mask, mask_feather)
-        if output_type != "pil":
-            photos = [replace(photo, pixels=to_unit_range(photo.pixels)) for photo in photos]
         cutouts = plan_edits(
             photos,
             mask,
