@@ -669,8 +669,8 @@ def test_a_mask_of_another_batch_size_is_refused(source, noise):
         img2img(masked, source, noise, pixelwise_model)
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 16), (1, 4, 3, 8, 8)], ids=["packed", "video"])
-def test_latents_that_are_no_maps_are_refused(shape):
+@pytest.mark.parametrize("shape", [(1, 64), (1, 4, 3, 8, 8)], ids=["flat", "video"])
+def test_latents_that_are_neither_maps_nor_tokens_are_refused(shape):
     masked = IEditMaskedScheduler.wrap(FlowMatchEulerDiscreteScheduler(), torch.ones(1, 1, 8, 8))
     with pytest.raises(ValueError, match=rf"`mask` needs latents of shape .* \({', '.join(map(str, shape))}\)"):
         img2img(masked, torch.zeros(shape), torch.zeros(shape), pixelwise_model)
