@@ -1,0 +1,590 @@
+"""iEdit's blocks in diffusers' modular pipelines: exact outside of the mask, and no pipeline is changed by a run."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    FluxAutoBlocks,
+    FluxTransformer2DModel,
+    ModularPipelineBlocks,
+    QwenImageAutoBlocks,
+    QwenImageTransformer2DModel,
+    SequentialPipelineBlocks,
+    StableDiffusion3AutoBlocks,
+    StableDiffusionXLAutoBlocks,
+    StableDiffusionXLImg2ImgPipeline,
+    ZImageAutoBlocks,
+    ZImageTransformer2DModel,
+)
+from diffusers.modular_pipelines import InputParam, OutputParam
+from hub_server import TOKEN, HubServer, files_in, output
+from PIL import Image
+
+from diffusers_iedit import IEditPipeline, mini
+from diffusers_iedit.modular_iedit import (
+    CODE_FILES,
+    IEditBlocks,
+    IEditFindMaskStep,
+    IEditKeepBackgroundStep,
+    IEditMaskSchedulerStep,
+)
+
+
+WIDTH, HEIGHT = 96, 64
+CELL = 8
+
+
+@dataclass
+class Family:
+    """Auto blocks of diffusers, tiny components for them, and what stands for the text encoder's outputs."""
+
+    blocks: SequentialPipelineBlocks
+    components: dict
+    embeddings: dict = field(default_factory=dict)
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def sdxl():
+    return Family(StableDiffusionXLAutoBlocks(), tiny_models.sdxl_components(), {"prompt": "a blue car"})
+
+
+def sd3():
+    embeddings = {"prompt_embeds": randn(1, 7, 64), "pooled_prompt_embeds": randn(1, 64)}
+    return Family(StableDiffusion3AutoBlocks(), tiny_models.sd3_components(), embeddings)
+
+
+def flux():
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    )
+    components = {
+        "vae": tiny_models.sd3_components()["vae"],
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+    embeddings = {"prompt_embeds": randn(1, 7, 32), "pooled_prompt_embeds": randn(1, 32)}
+    return Family(FluxAutoBlocks(), components, embeddings)
+
+
+def qwen_image():
+    torch.manual_seed(0)
+    vae = AutoencoderKLQwenImage(
+        base_dim=24,
+        z_dim=4,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    embeddings = {
+        "prompt_embeds": randn(1, 7, 16),
+        "prompt_embeds_mask": torch.ones(1, 7, dtype=torch.long),
+        "negative_prompt_embeds": -randn(1, 7, 16),
+        "negative_prompt_embeds_mask": torch.ones(1, 7, dtype=torch.long),
+    }
+    return Family(QwenImageAutoBlocks(), {"vae": vae, "transformer": transformer, "scheduler": scheduler}, embeddings)
+
+
+def z_image():
+    components = tiny_models.sd3_components()
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 64, 64],
+    )
+    components = {name: components[name] for name in ("vae", "scheduler")} | {"transformer": transformer}
+    embeddings = {"prompt_embeds": [randn(7, 16)], "negative_prompt_embeds": [-randn(7, 16)]}
+    return Family(ZImageAutoBlocks(), components, embeddings)
+
+
+FAMILIES = [sdxl, sd3, flux, qwen_image, z_image]
+
+
+class KeepSource(ModularPipelineBlocks):
+    """Keeps the latents of the source under a name that no other block has."""
+
+    @property
+    def inputs(self):
+        return [InputParam("image_latents", required=True)]
+
+    @property
+    def intermediate_outputs(self):
+        return [OutputParam("source")]
+
+    def __call__(self, components, state):
+        block_state = self.get_block_state(state)
+        block_state.source = block_state.image_latents.clone()
+        self.set_block_state(state, block_state)
+        return components, state
+
+
+def init(family, blocks):
+    """A pipeline of image-to-image blocks, with the family's components, and without text encoder if need be."""
+    if "prompt" not in family.embeddings:
+        del blocks.sub_blocks["text_encoder"]
+    pipe = blocks.init_pipeline()
+    names = set(pipe.component_names)
+    pipe.update_components(**{name: each for name, each in family.components.items() if name in names and each})
+    pipe.set_progress_bar_config(disable=True)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval()
+    return pipe
+
+
+def local_editor(family):
+    blocks = IEditBlocks().insert_into(family.blocks.get_workflow("image2image"))
+    blocks.sub_blocks.insert("keep_source", KeepSource(), list(blocks.sub_blocks).index("iedit"))
+    return init(family, blocks)
+
+
+def run(pipe, family, **arguments):
+    how = {"image": PHOTO, "height": HEIGHT, "width": WIDTH, "strength": 0.7, "num_inference_steps": 4}
+    how |= {"generator": torch.Generator().manual_seed(0)} | family.embeddings | arguments
+    return pipe(**how)
+
+
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+MASK = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+MASK[17:40, 24:57] = 255
+EVERYTHING = np.full_like(MASK, 255)
+
+
+def on_latents(mask, latents):
+    """A mask as latents (B, C, h, w) or (B, C, 1, h, w) have it: bools."""
+    cells = F.max_pool2d(torch.from_numpy(mask)[None, None].float(), CELL) > 0
+    return (cells if latents.ndim == 4 else cells[:, :, None]).expand_as(latents)
+
+
+@pytest.fixture(scope="module")
+def flux_family():
+    return flux()
+
+
+# The edit
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_outside_of_the_mask_all_is_as_it_was_and_inside_it_is_edited(make):
+    family = make()
+    pipe = local_editor(family)
+    state = run(pipe, family, mask_image=Image.fromarray(MASK))
+    inside = on_latents(MASK, state.latents)
+    assert state.latents.shape == state.source.shape
+    assert torch.equal(state.latents[~inside], state.source[~inside])
+    assert (state.latents[inside] != state.source[inside]).all()
+
+    (edited,) = state.images
+    changed = (np.asarray(edited) != np.asarray(PHOTO)).any(axis=-1)
+    assert not changed[MASK == 0].any()
+    assert changed[MASK > 0].mean() > 0.9
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_a_mask_of_everything_gives_what_the_blocks_of_diffusers_give(make):
+    family = make()
+    stock = init(family, family.blocks.get_workflow("image2image"))
+    expected = run(stock, family).latents
+    assert torch.equal(run(local_editor(family), family, mask_image=EVERYTHING).latents, expected)
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_a_run_leaves_the_pipeline_as_it_was_even_one_that_fails_in_its_midst(make):
+    family = make()
+    pipe = local_editor(family)
+    attributes, scheduler, config = dict(vars(pipe)), dict(vars(pipe.scheduler)), dict(pipe.config)
+    steps = []
+
+    def fail(*_):
+        steps.append(None)
+        if len(steps) > 2:
+            raise RuntimeError("out of memory")
+
+    denoiser = family.components.get("unet") or family.components["transformer"]
+    with denoiser.register_forward_pre_hook(fail), pytest.raises(RuntimeError, match="out of memory"):
+        run(pipe, family, mask_image=MASK)
+    after_failure = run(pipe, family, mask_image=MASK).latents
+
+    assert vars(pipe).keys() == attributes.keys()
+    assert all(vars(pipe)[name] is value for name, value in attributes.items())
+    assert vars(pipe.scheduler).keys() == scheduler.keys()
+    assert all(vars(pipe.scheduler)[name] is value for name, value in scheduler.items())
+    assert dict(pipe.config) == config
+    assert torch.equal(after_failure, run(local_editor(family), family, mask_image=MASK).latents)
+
+
+def test_a_soft_mask_blends(flux_family):
+    pipe = local_editor(flux_family)
+    soft = (MASK / 255 / 2).astype(np.float32)
+    half, whole = (run(pipe, flux_family, mask_image=mask) for mask in (soft, MASK))
+    inside = on_latents(MASK, half.latents)
+    assert torch.equal(half.latents[~inside], half.source[~inside])
+    distances = [(state.latents - state.source)[inside].abs().mean() for state in (half, whole)]
+    assert 0 < distances[0] < distances[1]
+
+
+def test_one_mask_serves_several_results_and_each_image_may_have_its_own(flux_family):
+    pipe = local_editor(flux_family)
+    state = run(pipe, flux_family, mask_image=MASK, num_images_per_prompt=2)
+    inside = on_latents(MASK, state.latents)
+    source = state.source.expand_as(state.latents)
+    assert len(state.images) == len(state.latents) == 2
+    assert torch.equal(state.latents[~inside], source[~inside])
+    assert not torch.equal(*state.latents)
+
+    two = {name: value.repeat(2, *(1,) * (value.ndim - 1)) for name, value in flux_family.embeddings.items()}
+    masks = [MASK, np.roll(MASK, 3 * CELL, axis=1)]
+    state = run(pipe, flux_family, image=[PHOTO, PHOTO], mask_image=masks, **two)
+    for latents, source, mask, image in zip(state.latents, state.source, masks, state.images, strict=True):
+        inside = on_latents(mask, latents[None])[0]
+        assert torch.equal(latents[~inside], source[~inside])
+        assert not (np.asarray(image) != np.asarray(PHOTO))[mask == 0].any()
+
+
+def test_the_result_has_the_size_profile_and_background_of_a_photo_that_was_scaled(flux_family):
+    photo = PHOTO.resize((150, 110), Image.Resampling.NEAREST)
+    photo.info["icc_profile"] = b"a profile that no one can read"
+    mask = Image.fromarray(MASK).resize(photo.size, Image.Resampling.NEAREST)
+    (edited,) = run(local_editor(flux_family), flux_family, image=photo, mask_image=mask).images
+    assert edited.size == photo.size
+    assert edited.info["icc_profile"] == photo.info["icc_profile"]
+    changed = (np.asarray(edited) != np.asarray(photo)).any(axis=-1)
+    assert not changed[np.asarray(mask) == 0].any()
+    assert changed.any()
+
+
+def test_output_types(flux_family):
+    pipe = local_editor(flux_family)
+    images = {kind: run(pipe, flux_family, mask_image=MASK, output_type=kind).images for kind in ("pil", "np", "pt")}
+    # Of an 8-bit picture the edit was rounded twice: as it was decoded, and as it was set back.
+    assert 0 < np.abs(images["np"][0] - np.asarray(images["pil"][0]) / 255).max() < 2 / 255
+    assert torch.equal(images["pt"][0].permute(1, 2, 0), torch.from_numpy(images["np"][0]))
+    assert (images["np"][0][MASK == 0] == np.asarray(PHOTO)[MASK == 0] / np.float32(255)).all()
+
+
+# Words
+
+
+@pytest.fixture(scope="module")
+def finder():
+    """A pipeline of nothing but the block that finds masks, with the mini mask model."""
+    mini_pipe = IEditPipeline.from_pretrained(mini.model_path())
+    pipe = SequentialPipelineBlocks.from_blocks_dict({"find_mask": IEditFindMaskStep()}).init_pipeline()
+    pipe.update_components(mask_model=mini_pipe.mask_model, mask_model_processor=mini_pipe.mask_processor)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return mini.render(22)  # an orange car and a red ball on green grass
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"mask_prompt": "red ball"},
+        {
+            "source_prompt": "an orange car and a red ball on green grass",
+            "prompt": "an orange car and a red cat on green grass",
+        },
+    ],
+)
+def test_words_find_the_mask_that_the_pipeline_finds(finder, scene, words):
+    found = finder(image=scene.image, **words, output="mask_image")
+    assert (found.mode, found.size) == ("L", scene.image.size)
+    (expected,) = IEditPipeline.from_pretrained(mini.model_path()).predict_mask(scene.image, **words)
+    assert np.array_equal(found, expected)
+    truth = np.asarray(scene.mask) > 0
+    marked = np.asarray(found) > 0
+    assert (marked & truth).sum() / (marked | truth).sum() > 0.7
+
+
+def test_several_images_have_a_mask_each(finder, scene):
+    masks = finder(image=[scene.image, scene.image], mask_prompt=["red ball", "orange car"], output="mask_image")
+    single = [finder(image=scene.image, mask_prompt=term, output="mask_image") for term in ("red ball", "orange car")]
+    assert [np.array_equal(*pair) for pair in zip(masks, single, strict=True)] == [True, True]
+    assert not np.array_equal(*masks)
+
+
+def test_a_dilated_mask_is_larger(finder, scene):
+    small, large = (
+        np.asarray(finder(image=scene.image, mask_prompt="red ball", mask_dilation=pixels, output="mask_image")) > 0
+        for pixels in (0, 2)
+    )
+    assert large[small].all()
+    assert large.sum() > small.sum()
+
+
+def test_a_given_mask_stays(finder, scene):
+    assert finder(image=scene.image, mask_image=scene.mask, output="mask_image") is scene.mask
+
+
+def test_words_and_edit_in_one_call(finder, scene):
+    family = sdxl()
+    pipe = local_editor(family)
+    pipe.update_components(mask_model=finder.mask_model, mask_model_processor=finder.mask_model_processor)
+    side = {"height": scene.image.height, "width": scene.image.width}
+    state = run(pipe, family, image=scene.image, mask_prompt="red ball", prompt="a red cat", **side)
+    assert np.array_equal(state.mask_image, finder(image=scene.image, mask_prompt="red ball", output="mask_image"))
+    changed = (np.asarray(state.images[0]) != np.asarray(scene.image)).any(axis=-1)
+    assert not changed[np.asarray(state.mask_image) == 0].any()
+    assert changed.any()
+
+
+def test_the_found_mask_serves_diffusers_own_inpainting_blocks(finder, scene):
+    family = sdxl()
+    blocks = family.blocks
+    blocks.sub_blocks.insert("find_mask", IEditFindMaskStep(), 0)
+    pipe = init(family, blocks)
+    pipe.update_components(mask_model=finder.mask_model, mask_model_processor=finder.mask_model_processor)
+    side = {"height": scene.image.height, "width": scene.image.width}
+    by_words = run(pipe, family, image=scene.image, mask_prompt="red ball", **side)
+    by_mask = run(pipe, family, image=scene.image, mask_image=by_words.mask_image, **side)
+    assert by_words.mask is not None
+    assert np.array_equal(by_words.images[0], by_mask.images[0])
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({}, "Pass `mask_image`, `mask_prompt`, or `source_prompt` together with `prompt`"),
+        ({"mask_prompt": "ball", "mask_image": PHOTO}, "either `mask_image` or the words"),
+        ({"mask_prompt": "ball", "source_prompt": "a ball"}, "only one of"),
+        ({"source_prompt": "a red ball"}, "`source_prompt` is compared with `prompt`, which was not passed"),
+        ({"source_prompt": "auto", "prompt": "a red cat"}, "`source_prompt` has to be a caption"),
+        ({"source_prompt": "a red ball", "prompt": "a red ball"}, "differ in no word"),
+        ({"mask_prompt": "purple house"}, "The predicted mask is empty: nothing in image 0 looks like 'purple house'"),
+        ({"mask_prompt": "red ball", "mask_threshold": 1.0}, "`mask_threshold` has to be a probability"),
+        ({"mask_prompt": "red ball", "mask_dilation": -1}, "`mask_dilation` has to be an integer of at least 0"),
+    ],
+)
+def test_words_that_find_nothing(finder, scene, words, message):
+    with pytest.raises(ValueError, match=message):
+        finder(image=scene.image, **words)
+
+
+def test_words_without_a_mask_model(flux_family):
+    with pytest.raises(ValueError, match=r"load_components\(\['mask_model', 'mask_model_processor'\]\)"):
+        run(local_editor(flux_family), flux_family, mask_prompt="ball")
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.full((32, 32), 255, dtype=np.uint8), "has to have the image's size, 96x64 pixels, but is 32x32"),
+        (np.zeros_like(MASK), "zero everywhere"),
+        ([MASK, MASK], "holds 2 masks for 1 images"),
+    ],
+)
+def test_masks_that_do_not_fit(flux_family, mask, message):
+    with pytest.raises(ValueError, match=message):
+        run(local_editor(flux_family), flux_family, mask_image=mask)
+
+
+@pytest.mark.parametrize("words", [{"mask_prompt": "red ball"}, {"mask_image": MASK}])
+def test_a_picture_that_diffusers_would_see_lying_on_its_side(flux_family, finder, words):
+    photo = PHOTO.copy()
+    photo.getexif()[0x0112] = 6
+    pipe = local_editor(flux_family)
+    pipe.update_components(mask_model=finder.mask_model, mask_model_processor=finder.mask_model_processor)
+    with pytest.raises(ValueError, match="`image` has to stand upright, but has EXIF orientation 6"):
+        run(pipe, flux_family, image=photo, **words)
+
+
+def test_a_block_that_stands_too_late(flux_family):
+    blocks = flux_family.blocks.get_workflow("image2image")
+    place = list(blocks.sub_blocks).index("denoise.before_denoise.prepare_latents")
+    blocks.sub_blocks.insert("mask_scheduler", IEditMaskSchedulerStep(), place)
+    with pytest.raises(ValueError, match="put this block before those that prepare the denoising"):
+        run(init(flux_family, blocks), flux_family, mask_image=MASK)
+
+
+def test_several_results_of_several_images_are_not_mixed_up():
+    block = SequentialPipelineBlocks.from_blocks_dict({"keep_background": IEditKeepBackgroundStep()})
+    with pytest.raises(ValueError, match="one result for each image, but holds 4 of 2"):
+        block.init_pipeline()(image=[PHOTO] * 2, images=[PHOTO] * 4, mask_image=MASK)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (StableDiffusionXLAutoBlocks(), "StableDiffusionXLAutoBlocks inpaints by it"),
+        (QwenImageAutoBlocks(), "QwenImageAutoBlocks inpaints by it"),
+        (FluxAutoBlocks().get_workflow("text2image"), "has to be image-to-image"),
+    ],
+)
+def test_blocks_that_are_not_image_to_image(blocks, message):
+    with pytest.raises(ValueError, match=message):
+        IEditBlocks().insert_into(blocks)
+
+
+def test_inserting_leaves_the_blocks_of_diffusers_as_they_are(flux_family):
+    workflow = flux_family.blocks.get_workflow("image2image")
+    before = list(workflow.sub_blocks)
+    edited = IEditBlocks().insert_into(workflow)
+    assert list(workflow.sub_blocks) == before
+    assert [name for name in edited.sub_blocks if name not in before] == ["iedit", "keep_background"]
+
+
+# Folder and Hub
+
+
+# In a fresh process with the package: the blocks go to the Hub by the example, and with a folder.
+PUSH = """
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from diffusers_iedit.modular_iedit import IEditBlocks
+
+sys.argv = ["push_blocks.py", "me/blocks", "--private"]
+runpy.run_path(os.environ["SCRIPT"], run_name="__main__")
+IEditBlocks().save_pretrained(Path(os.environ["TARGET"], "blocks"), push_to_hub=True, repo_id="me/saved")
+"""
+
+# In a fresh process without it: an edit by the blocks of the folder, and by those of the Hub.
+EDIT = """
+import json
+import os
+import sys
+
+sys.modules["diffusers_iedit"] = None
+from diffusers import ModularPipelineBlocks, StableDiffusionXLAutoBlocks
+from PIL import Image
+
+os.chdir(os.environ["TARGET"])
+image = Image.open("source.png")
+size = {"height": image.height, "width": image.width}
+said = {}
+for name, where in {"folder": "./blocks", "hub": "me/blocks"}.items():
+    try:
+        ModularPipelineBlocks.from_pretrained(where)
+    except ValueError as error:
+        said[name] = [str(error)]
+    iedit = ModularPipelineBlocks.from_pretrained(where, trust_remote_code=True)
+    said[name].append(type(iedit).__module__)
+    iedit.save_pretrained(f"{name}-again")
+    blocks = iedit.insert_into(StableDiffusionXLAutoBlocks().get_workflow("image2image"))
+    pipe = blocks.init_pipeline("model")
+    for component in ("mask_model", "mask_model_processor"):
+        pipe.load_components(component, pretrained_model_name_or_path=component)
+    pipe.load_components()
+    state = pipe(image=image, prompt="a red cat", mask_prompt="red ball", strength=0.7, num_inference_steps=4, **size)
+    state.images[0].save(f"{name}-edited.png")
+    state.mask_image.save(f"{name}-mask.png")
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, scene):
+    """A Hub that got the blocks, the folder of both processes, and what the second one said."""
+    target = tmp_path_factory.mktemp("target")
+    StableDiffusionXLImg2ImgPipeline(**tiny_models.sdxl_components()).save_pretrained(target / "model")
+    mini_pipe = IEditPipeline.from_pretrained(mini.model_path())
+    mini_pipe.mask_model.save_pretrained(target / "mask_model")
+    mini_pipe.mask_processor.save_pretrained(target / "mask_model_processor")
+    scene.image.save(target / "source.png")
+    script = Path(__file__).parents[1] / "examples" / "push_blocks.py"
+    with HubServer(tmp_path_factory.mktemp("hub")) as server:
+        output(server.run(PUSH, SCRIPT=str(script), TARGET=str(target)))
+        said = json.loads(output(server.run(EDIT, TARGET=str(target))))
+        yield server.repos["models"], target, said
+
+
+def test_a_folder_of_blocks_has_the_code_and_names_the_class(saved):
+    _, target, _ = saved
+    files = files_in(target / "blocks")
+    assert set(files) == {*CODE_FILES, "modular_config.json"}
+    config = json.loads(files["modular_config.json"])
+    assert config["auto_map"] == {"ModularPipelineBlocks": "modular_iedit.IEditBlocks"}
+
+
+@pytest.mark.parametrize("repo_id", ["me/blocks", "me/saved"])
+def test_a_push_has_the_files_of_the_folder_and_no_token(saved, repo_id):
+    repos, target, _ = saved
+    files = repos[repo_id].files()
+    assert files_in(target / "blocks").items() <= files.items()
+    assert set(files) - set(files_in(target / "blocks")) <= {"README.md", ".gitattributes"}
+    assert not [path for path, content in files.items() if TOKEN.encode() in content]
+    assert repos[repo_id].private == (repo_id == "me/blocks")
+    assert len(repos[repo_id].commits) == 2  # The first one made the repository.
+
+
+@pytest.mark.parametrize("name", ["folder", "hub"])
+def test_saved_blocks_edit_without_this_package_for_who_trusts_them(saved, name):
+    _, target, said = saved
+    untrusted, module = said[name]
+    assert "trust_remote_code=True" in untrusted
+    assert module.startswith("diffusers_modules.local.")
+    pictures = ("source.png", f"{name}-edited.png", f"{name}-mask.png")
+    source, edited, mask = (np.asarray(Image.open(target / picture)) for picture in pictures)
+    changed = (edited != source).any(axis=-1)
+    assert changed.any()
+    assert not changed[mask == 0].any()
+
+
+@pytest.mark.parametrize("name", ["folder", "hub"])
+def test_saved_blocks_can_be_saved_again(saved, name):
+    _, target, _ = saved
+    assert files_in(target / f"{name}-again") == files_in(target / "blocks")
+
+
+def test_a_save_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
+    IEditBlocks().save_pretrained(tmp_path)
+    before = files_in(tmp_path)
+
+    def fail(source, part):
+        Path(part).write_text("half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", fail)
+    with pytest.raises(OSError, match="no space left"):
+        IEditBlocks().save_pretrained(tmp_path)
+    after = files_in(tmp_path)
+    assert {name: after[name] for name in before} == before
