@@ -13,7 +13,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     FluxAutoBlocks,
-    FluxTransformer2DModel,
+    FluxKontextAutoBlocks,
     ModularPipelineBlocks,
     QwenImageAutoBlocks,
     QwenImageTransformer2DModel,
@@ -25,6 +25,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.modular_pipelines import InputParam, OutputParam
+from families import FAMILIES, HEIGHT, WIDTH
 from hub_server import TOKEN, HubServer, files_in, output
 from PIL import Image
 
@@ -38,7 +39,6 @@ from diffusers_iedit.modular_iedit import (
 )
 
 
-WIDTH, HEIGHT = 96, 64
 CELL = 8
 
 
@@ -56,34 +56,15 @@ def randn(*shape):
 
 
 def sdxl():
-    return Family(StableDiffusionXLAutoBlocks(), tiny_models.sdxl_components(), {"prompt": "a blue car"})
+    return Family(StableDiffusionXLAutoBlocks(), FAMILIES["sdxl"].pipe().components, {"prompt": "a blue car"})
 
 
 def sd3():
-    embeddings = {"prompt_embeds": randn(1, 7, 64), "pooled_prompt_embeds": randn(1, 64)}
-    return Family(StableDiffusion3AutoBlocks(), tiny_models.sd3_components(), embeddings)
+    return Family(StableDiffusion3AutoBlocks(), FAMILIES["sd3"].pipe().components, {"prompt": "a blue car"})
 
 
 def flux():
-    torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=[4, 4, 8],
-    )
-    components = {
-        "vae": tiny_models.sd3_components()["vae"],
-        "transformer": transformer,
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-    }
-    embeddings = {"prompt_embeds": randn(1, 7, 32), "pooled_prompt_embeds": randn(1, 32)}
-    return Family(FluxAutoBlocks(), components, embeddings)
+    return Family(FluxAutoBlocks(), FAMILIES["flux"].pipe().components, {"prompt": "a blue car"})
 
 
 def qwen_image():
@@ -138,7 +119,7 @@ def z_image():
     return Family(ZImageAutoBlocks(), components, embeddings)
 
 
-FAMILIES = [sdxl, sd3, flux, qwen_image, z_image]
+MODULAR = [sdxl, sd3, flux, qwen_image, z_image]
 
 
 class KeepSource(ModularPipelineBlocks):
@@ -205,7 +186,7 @@ def flux_family():
 # The edit
 
 
-@pytest.mark.parametrize("make", FAMILIES)
+@pytest.mark.parametrize("make", MODULAR)
 def test_outside_of_the_mask_all_is_as_it_was_and_inside_it_is_edited(make):
     family = make()
     pipe = local_editor(family)
@@ -221,7 +202,7 @@ def test_outside_of_the_mask_all_is_as_it_was_and_inside_it_is_edited(make):
     assert changed[MASK > 0].mean() > 0.9
 
 
-@pytest.mark.parametrize("make", FAMILIES)
+@pytest.mark.parametrize("make", MODULAR)
 def test_a_mask_of_everything_gives_what_the_blocks_of_diffusers_give(make):
     family = make()
     stock = init(family, family.blocks.get_workflow("image2image"))
@@ -229,7 +210,7 @@ def test_a_mask_of_everything_gives_what_the_blocks_of_diffusers_give(make):
     assert torch.equal(run(local_editor(family), family, mask_image=EVERYTHING).latents, expected)
 
 
-@pytest.mark.parametrize("make", FAMILIES)
+@pytest.mark.parametrize("make", MODULAR)
 def test_a_run_leaves_the_pipeline_as_it_was_even_one_that_fails_in_its_midst(make):
     family = make()
     pipe = local_editor(family)
@@ -273,9 +254,16 @@ def test_one_mask_serves_several_results_and_each_image_may_have_its_own(flux_fa
     assert torch.equal(state.latents[~inside], source[~inside])
     assert not torch.equal(*state.latents)
 
-    two = {name: value.repeat(2, *(1,) * (value.ndim - 1)) for name, value in flux_family.embeddings.items()}
+    latents_only = local_editor(flux_family).blocks
+    del latents_only.sub_blocks["keep_background"]
+    both = {"image": [PHOTO, PHOTO], "prompt": ["a blue car"] * 2}
+    state = run(init(flux_family, latents_only), flux_family, mask_image=MASK, num_images_per_prompt=2, **both)
+    inside = on_latents(MASK, state.latents)
+    assert len(state.latents) == 4
+    assert torch.equal(state.latents[~inside], state.source.repeat_interleave(2, dim=0)[~inside])
+
     masks = [MASK, np.roll(MASK, 3 * CELL, axis=1)]
-    state = run(pipe, flux_family, image=[PHOTO, PHOTO], mask_image=masks, **two)
+    state = run(pipe, flux_family, mask_image=masks, **both)
     for latents, source, mask, image in zip(state.latents, state.source, masks, state.images, strict=True):
         inside = on_latents(mask, latents[None])[0]
         assert torch.equal(latents[~inside], source[~inside])
@@ -454,7 +442,8 @@ def test_several_results_of_several_images_are_not_mixed_up():
     [
         (StableDiffusionXLAutoBlocks(), "StableDiffusionXLAutoBlocks inpaints by it"),
         (QwenImageAutoBlocks(), "QwenImageAutoBlocks inpaints by it"),
-        (FluxAutoBlocks().get_workflow("text2image"), "has to be image-to-image"),
+        (FluxAutoBlocks().get_workflow("text2image"), "no block of SequentialPipelineBlocks encodes `image`"),
+        (FluxKontextAutoBlocks().get_workflow("image_conditioned"), "starts from pure noise: it has no `strength`"),
     ],
 )
 def test_blocks_that_are_not_image_to_image(blocks, message):

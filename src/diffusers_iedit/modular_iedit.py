@@ -290,7 +290,8 @@ class IEditBlocks(SequentialPipelineBlocks):
                 blocks come after the one that encodes the image, and [`IEditKeepBackgroundStep`] at the end.
 
         Raises:
-            ValueError: If `blocks` encodes no image, or uses a `mask_image` itself (inpainting).
+            ValueError: If `blocks` encodes no image, uses a `mask_image` itself (inpainting), or starts from pure
+                noise (instruction models such as Flux Kontext).
         """
         if "mask_image" in blocks.input_names:
             raise ValueError(
@@ -303,6 +304,11 @@ class IEditBlocks(SequentialPipelineBlocks):
             raise ValueError(
                 f"`blocks` has to be image-to-image, but no block of {type(blocks).__name__} encodes `image` into"
                 " `image_latents`."
+            )
+        if "strength" not in blocks.input_names:
+            raise ValueError(
+                f"`blocks` has to be image-to-image, but {type(blocks).__name__} starts from pure noise: it has no"
+                " `strength`."
             )
         blocks = copy.deepcopy(blocks)
         blocks.sub_blocks.insert("iedit", copy.deepcopy(self), encoders[0] + 1)
