@@ -16,6 +16,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
+    LCMScheduler,
     PNDMScheduler,
     SchedulerMixin,
     StableDiffusion3Img2ImgPipeline,
@@ -514,6 +515,25 @@ def test_step_returns_all_that_the_scheduler_s_own_returns(source, noise, mask):
     assert isinstance(as_tuple, tuple)
     assert torch.equal(as_tuple[0], ours.prev_sample)
     assert torch.equal(as_tuple[1], ours.pred_original_sample)
+
+
+@pytest.mark.parametrize("edge", [1.0, 0.5], ids=["hard", "soft"])
+def test_what_lcm_denoises_is_masked_too(edge, source, noise, mask):
+    """The pipeline of latent consistency models returns it in the place of the latents."""
+    mask *= edge
+    scheduler = LCMScheduler(**SD)
+    masked = IEditMaskedScheduler.wrap(scheduler, mask)
+    for each in (scheduler, masked):
+        each.set_timesteps(4)
+    latents = masked.add_noise(source, noise, masked.timesteps[:1])
+    for t in masked.timesteps:
+        as_tuple = copy.deepcopy(masked).step(noise, t, latents, return_dict=False)
+        ours, theirs = (each.step(noise, t, latents) for each in (masked, scheduler))
+        torch.testing.assert_close(ours.denoised, (1 - mask) * source + mask * theirs.denoised)
+        assert torch.equal(torch.where(mask == 0, ours.denoised, 0), torch.where(mask == 0, source, 0))
+        assert torch.equal(as_tuple[1], ours.denoised)
+        latents = ours.prev_sample
+    assert torch.equal(ours.denoised, latents)
 
 
 def test_a_deep_copy_goes_on_where_the_run_was(source, noise, mask):

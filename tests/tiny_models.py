@@ -53,11 +53,15 @@ def _eval(components):
     return components
 
 
+def byte_characters():
+    """The characters that stand for the 256 bytes in the vocabularies of GPT-2, CLIP and Qwen, in CLIP's order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
 def tokenizer(model_max_length=77):
     """A `CLIPTokenizer` that knows bytes and no merges: a word costs one token a byte; ids as in CLIP, EOS highest."""
-    # GPT-2's printable stand-ins for the 256 bytes, in CLIP's order.
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    characters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    characters = byte_characters()
     vocab = {c: i for i, c in enumerate([*characters, *(c + "</w>" for c in characters), BOS, EOS])}
     return CLIPTokenizer(vocab=vocab, merges=[], pad_token=EOS, model_max_length=model_max_length)
 

@@ -404,13 +404,15 @@ class IEditMaskedScheduler:
             alpha, sigma = self._sigma_to_alpha_sigma_t(sigma)
         return alpha * source + sigma * noise
 
-    def _blend(self, sample: torch.Tensor) -> torch.Tensor:
-        """Eq. 13 on the latents a step arrived at."""
+    def _blend(self, sample: torch.Tensor, clean: bool = False) -> torch.Tensor:
+        """Eq. 13 on the latents a step arrived at, or on `clean` ones that it predicts."""
         placed = self._on_latents
         if placed is None or placed[0].shape != sample.shape or placed[0].device != sample.device:
             self._lay_on(sample)
         source, noise, mask = self._on_latents
-        source = self._source_at_level(source, noise).to(sample)
+        if not clean:
+            source = self._source_at_level(source, noise)
+        source = source.to(sample)
         if self._soft:
             sample = ((1 - mask) * source + mask * sample).to(sample.dtype)
         # Selected rather than multiplied, so that what the model makes of the outside, NaN included, ends here.
@@ -454,9 +456,16 @@ def _blend_source(base_step):
         output = base_step(self, model_output, timestep, sample, *args, **kwargs)
         if isinstance(self, UNCOUNTED):
             self._arrive(timestep)
+        # LCM's own pipeline returns not the latents but what the last step predicts, `denoised`.
+        returns_denoised = isinstance(self, LCMScheduler)
         if isinstance(output, tuple):
-            return (self._blend(output[0]), *output[1:])
+            latents, *others = output
+            if returns_denoised:
+                others[0] = self._blend(others[0], clean=True)
+            return (self._blend(latents), *others)
         output.prev_sample = self._blend(output.prev_sample)
+        if returns_denoised:
+            output.denoised = self._blend(output.denoised, clean=True)
         return output
 
     return step
