@@ -1,7 +1,6 @@
 """iEdit's blocks in diffusers' modular pipelines: exact outside of the mask, and no pipeline is changed by a run."""
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +9,15 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
     FluxAutoBlocks,
     FluxKontextAutoBlocks,
     ModularPipelineBlocks,
     QwenImageAutoBlocks,
-    QwenImageTransformer2DModel,
     SequentialPipelineBlocks,
     StableDiffusion3AutoBlocks,
     StableDiffusionXLAutoBlocks,
     StableDiffusionXLImg2ImgPipeline,
     ZImageAutoBlocks,
-    ZImageTransformer2DModel,
 )
 from diffusers.modular_pipelines import InputParam, OutputParam
 from families import FAMILIES, HEIGHT, WIDTH
@@ -42,127 +37,62 @@ from diffusers_iedit.modular_iedit import (
 CELL = 8
 
 
-@dataclass
-class Family:
-    """Auto blocks of diffusers, tiny components for them, and what stands for the text encoder's outputs."""
-
-    blocks: SequentialPipelineBlocks
-    components: dict
-    embeddings: dict = field(default_factory=dict)
-
-
-def randn(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+# Diffusers' blocks by the name of the family whose tiny models they run on.
+AUTO_BLOCKS = {
+    "sdxl": StableDiffusionXLAutoBlocks,
+    "sd3": StableDiffusion3AutoBlocks,
+    "flux": FluxAutoBlocks,
+    "qwen-image": QwenImageAutoBlocks,
+    "z-image": ZImageAutoBlocks,
+}
+every_family = pytest.mark.parametrize("family", AUTO_BLOCKS)
 
 
-def sdxl():
-    return Family(StableDiffusionXLAutoBlocks(), FAMILIES["sdxl"].pipe().components, {"prompt": "a blue car"})
+class Keep(ModularPipelineBlocks):
+    """Keeps a value under a name that no other block has, before the next block changes it."""
 
-
-def sd3():
-    return Family(StableDiffusion3AutoBlocks(), FAMILIES["sd3"].pipe().components, {"prompt": "a blue car"})
-
-
-def flux():
-    return Family(FluxAutoBlocks(), FAMILIES["flux"].pipe().components, {"prompt": "a blue car"})
-
-
-def qwen_image():
-    torch.manual_seed(0)
-    vae = AutoencoderKLQwenImage(
-        base_dim=24,
-        z_dim=4,
-        dim_mult=[1, 2, 4, 4],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    transformer = QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(8, 4, 4),
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    embeddings = {
-        "prompt_embeds": randn(1, 7, 16),
-        "prompt_embeds_mask": torch.ones(1, 7, dtype=torch.long),
-        "negative_prompt_embeds": -randn(1, 7, 16),
-        "negative_prompt_embeds_mask": torch.ones(1, 7, dtype=torch.long),
-    }
-    return Family(QwenImageAutoBlocks(), {"vae": vae, "transformer": transformer, "scheduler": scheduler}, embeddings)
-
-
-def z_image():
-    components = tiny_models.sd3_components()
-    torch.manual_seed(0)
-    transformer = ZImageTransformer2DModel(
-        all_patch_size=(2,),
-        all_f_patch_size=(1,),
-        in_channels=4,
-        dim=32,
-        n_layers=1,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=16,
-        axes_dims=[8, 4, 4],
-        axes_lens=[256, 64, 64],
-    )
-    components = {name: components[name] for name in ("vae", "scheduler")} | {"transformer": transformer}
-    embeddings = {"prompt_embeds": [randn(7, 16)], "negative_prompt_embeds": [-randn(7, 16)]}
-    return Family(ZImageAutoBlocks(), components, embeddings)
-
-
-MODULAR = [sdxl, sd3, flux, qwen_image, z_image]
-
-
-class KeepSource(ModularPipelineBlocks):
-    """Keeps the latents of the source under a name that no other block has."""
+    def __init__(self, name, kept):
+        super().__init__()
+        self.name, self.kept = name, kept
 
     @property
     def inputs(self):
-        return [InputParam("image_latents", required=True)]
+        return [InputParam(self.name, required=True)]
 
     @property
     def intermediate_outputs(self):
-        return [OutputParam("source")]
+        return [OutputParam(self.kept)]
 
     def __call__(self, components, state):
-        block_state = self.get_block_state(state)
-        block_state.source = block_state.image_latents.clone()
-        self.set_block_state(state, block_state)
+        state.set(self.kept, state.get(self.name).clone())
         return components, state
 
 
-def init(family, blocks):
-    """A pipeline of image-to-image blocks, with the family's components, and without text encoder if need be."""
-    if "prompt" not in family.embeddings:
-        del blocks.sub_blocks["text_encoder"]
+def image_to_image(family):
+    """The blocks of diffusers alone."""
+    return AUTO_BLOCKS[family]().get_workflow("image2image")
+
+
+def init(blocks, family):
+    """A pipeline of blocks, with a family's tiny models."""
     pipe = blocks.init_pipeline()
-    names = set(pipe.component_names)
-    pipe.update_components(**{name: each for name, each in family.components.items() if name in names and each})
+    components, names = FAMILIES[family].pipe().components, set(pipe.component_names)
+    pipe.update_components(**{name: each for name, each in components.items() if name in names and each is not None})
     pipe.set_progress_bar_config(disable=True)
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.eval()
     return pipe
 
 
 def local_editor(family):
-    blocks = IEditBlocks().insert_into(family.blocks.get_workflow("image2image"))
-    blocks.sub_blocks.insert("keep_source", KeepSource(), list(blocks.sub_blocks).index("iedit"))
-    return init(family, blocks)
+    blocks = IEditBlocks().insert_into(image_to_image(family))
+    blocks.sub_blocks.insert("keep_source", Keep("image_latents", "source"), list(blocks.sub_blocks).index("iedit"))
+    decoder = next(index for index, name in enumerate(blocks.sub_blocks) if name.startswith("decode"))
+    blocks.sub_blocks.insert("keep_result", Keep("latents", "result"), decoder)
+    return init(blocks, family)
 
 
-def run(pipe, family, **arguments):
-    how = {"image": PHOTO, "height": HEIGHT, "width": WIDTH, "strength": 0.7, "num_inference_steps": 4}
-    how |= {"generator": torch.Generator().manual_seed(0)} | family.embeddings | arguments
+def run(pipe, **arguments):
+    how = {"image": PHOTO, "prompt": "a blue car", "height": HEIGHT, "width": WIDTH, "strength": 0.75}
+    how |= {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0)} | arguments
     return pipe(**how)
 
 
@@ -178,23 +108,17 @@ def on_latents(mask, latents):
     return (cells if latents.ndim == 4 else cells[:, :, None]).expand_as(latents)
 
 
-@pytest.fixture(scope="module")
-def flux_family():
-    return flux()
-
-
 # The edit
 
 
-@pytest.mark.parametrize("make", MODULAR)
-def test_outside_of_the_mask_all_is_as_it_was_and_inside_it_is_edited(make):
-    family = make()
+@every_family
+def test_outside_of_the_mask_all_is_as_it_was_and_inside_it_is_edited(family):
     pipe = local_editor(family)
-    state = run(pipe, family, mask_image=Image.fromarray(MASK))
-    inside = on_latents(MASK, state.latents)
-    assert state.latents.shape == state.source.shape
-    assert torch.equal(state.latents[~inside], state.source[~inside])
-    assert (state.latents[inside] != state.source[inside]).all()
+    state = run(pipe, mask_image=Image.fromarray(MASK))
+    inside = on_latents(MASK, state.result)
+    assert state.result.shape == state.source.shape
+    assert torch.equal(state.result[~inside], state.source[~inside])
+    assert (state.result[inside] != state.source[inside]).all()
 
     (edited,) = state.images
     changed = (np.asarray(edited) != np.asarray(PHOTO)).any(axis=-1)
@@ -202,17 +126,14 @@ def test_outside_of_the_mask_all_is_as_it_was_and_inside_it_is_edited(make):
     assert changed[MASK > 0].mean() > 0.9
 
 
-@pytest.mark.parametrize("make", MODULAR)
-def test_a_mask_of_everything_gives_what_the_blocks_of_diffusers_give(make):
-    family = make()
-    stock = init(family, family.blocks.get_workflow("image2image"))
-    expected = run(stock, family).latents
-    assert torch.equal(run(local_editor(family), family, mask_image=EVERYTHING).latents, expected)
+@every_family
+def test_a_mask_of_everything_gives_what_the_blocks_of_diffusers_give(family):
+    expected = run(init(image_to_image(family), family)).latents
+    assert torch.equal(run(local_editor(family), mask_image=EVERYTHING).latents, expected)
 
 
-@pytest.mark.parametrize("make", MODULAR)
-def test_a_run_leaves_the_pipeline_as_it_was_even_one_that_fails_in_its_midst(make):
-    family = make()
+@every_family
+def test_a_run_leaves_the_pipeline_as_it_was_even_one_that_fails_in_its_midst(family):
     pipe = local_editor(family)
     attributes, scheduler, config = dict(vars(pipe)), dict(vars(pipe.scheduler)), dict(pipe.config)
     steps = []
@@ -222,59 +143,59 @@ def test_a_run_leaves_the_pipeline_as_it_was_even_one_that_fails_in_its_midst(ma
         if len(steps) > 2:
             raise RuntimeError("out of memory")
 
-    denoiser = family.components.get("unet") or family.components["transformer"]
+    denoiser = pipe.unet if family == "sdxl" else pipe.transformer
     with denoiser.register_forward_pre_hook(fail), pytest.raises(RuntimeError, match="out of memory"):
-        run(pipe, family, mask_image=MASK)
-    after_failure = run(pipe, family, mask_image=MASK).latents
+        run(pipe, mask_image=MASK)
+    after_failure = run(pipe, mask_image=MASK).result
 
     assert vars(pipe).keys() == attributes.keys()
     assert all(vars(pipe)[name] is value for name, value in attributes.items())
     assert vars(pipe.scheduler).keys() == scheduler.keys()
     assert all(vars(pipe.scheduler)[name] is value for name, value in scheduler.items())
     assert dict(pipe.config) == config
-    assert torch.equal(after_failure, run(local_editor(family), family, mask_image=MASK).latents)
+    assert torch.equal(after_failure, run(local_editor(family), mask_image=MASK).result)
 
 
-def test_a_soft_mask_blends(flux_family):
-    pipe = local_editor(flux_family)
+def test_a_soft_mask_blends():
+    pipe = local_editor("flux")
     soft = (MASK / 255 / 2).astype(np.float32)
-    half, whole = (run(pipe, flux_family, mask_image=mask) for mask in (soft, MASK))
-    inside = on_latents(MASK, half.latents)
-    assert torch.equal(half.latents[~inside], half.source[~inside])
-    distances = [(state.latents - state.source)[inside].abs().mean() for state in (half, whole)]
+    half, whole = (run(pipe, mask_image=mask) for mask in (soft, MASK))
+    inside = on_latents(MASK, half.result)
+    assert torch.equal(half.result[~inside], half.source[~inside])
+    distances = [(state.result - state.source)[inside].abs().mean() for state in (half, whole)]
     assert 0 < distances[0] < distances[1]
 
 
-def test_one_mask_serves_several_results_and_each_image_may_have_its_own(flux_family):
-    pipe = local_editor(flux_family)
-    state = run(pipe, flux_family, mask_image=MASK, num_images_per_prompt=2)
-    inside = on_latents(MASK, state.latents)
-    source = state.source.expand_as(state.latents)
-    assert len(state.images) == len(state.latents) == 2
-    assert torch.equal(state.latents[~inside], source[~inside])
-    assert not torch.equal(*state.latents)
+def test_one_mask_serves_several_results_and_each_image_may_have_its_own():
+    pipe = local_editor("flux")
+    state = run(pipe, mask_image=MASK, num_images_per_prompt=2)
+    inside = on_latents(MASK, state.result)
+    source = state.source.expand_as(state.result)
+    assert len(state.images) == len(state.result) == 2
+    assert torch.equal(state.result[~inside], source[~inside])
+    assert not torch.equal(*state.result)
 
-    latents_only = local_editor(flux_family).blocks
+    latents_only = local_editor("flux").blocks
     del latents_only.sub_blocks["keep_background"]
     both = {"image": [PHOTO, PHOTO], "prompt": ["a blue car"] * 2}
-    state = run(init(flux_family, latents_only), flux_family, mask_image=MASK, num_images_per_prompt=2, **both)
-    inside = on_latents(MASK, state.latents)
-    assert len(state.latents) == 4
-    assert torch.equal(state.latents[~inside], state.source.repeat_interleave(2, dim=0)[~inside])
+    state = run(init(latents_only, "flux"), mask_image=MASK, num_images_per_prompt=2, **both)
+    inside = on_latents(MASK, state.result)
+    assert len(state.result) == 4
+    assert torch.equal(state.result[~inside], state.source.repeat_interleave(2, dim=0)[~inside])
 
     masks = [MASK, np.roll(MASK, 3 * CELL, axis=1)]
-    state = run(pipe, flux_family, mask_image=masks, **both)
-    for latents, source, mask, image in zip(state.latents, state.source, masks, state.images, strict=True):
+    state = run(pipe, mask_image=masks, **both)
+    for latents, source, mask, image in zip(state.result, state.source, masks, state.images, strict=True):
         inside = on_latents(mask, latents[None])[0]
         assert torch.equal(latents[~inside], source[~inside])
         assert not (np.asarray(image) != np.asarray(PHOTO))[mask == 0].any()
 
 
-def test_the_result_has_the_size_profile_and_background_of_a_photo_that_was_scaled(flux_family):
+def test_the_result_has_the_size_profile_and_background_of_a_photo_that_was_scaled():
     photo = PHOTO.resize((150, 110), Image.Resampling.NEAREST)
     photo.info["icc_profile"] = b"a profile that no one can read"
     mask = Image.fromarray(MASK).resize(photo.size, Image.Resampling.NEAREST)
-    (edited,) = run(local_editor(flux_family), flux_family, image=photo, mask_image=mask).images
+    (edited,) = run(local_editor("flux"), image=photo, mask_image=mask).images
     assert edited.size == photo.size
     assert edited.info["icc_profile"] == photo.info["icc_profile"]
     changed = (np.asarray(edited) != np.asarray(photo)).any(axis=-1)
@@ -282,9 +203,9 @@ def test_the_result_has_the_size_profile_and_background_of_a_photo_that_was_scal
     assert changed.any()
 
 
-def test_output_types(flux_family):
-    pipe = local_editor(flux_family)
-    images = {kind: run(pipe, flux_family, mask_image=MASK, output_type=kind).images for kind in ("pil", "np", "pt")}
+def test_output_types():
+    pipe = local_editor("flux")
+    images = {kind: run(pipe, mask_image=MASK, output_type=kind).images for kind in ("pil", "np", "pt")}
     # Of an 8-bit picture the edit was rounded twice: as it was decoded, and as it was set back.
     assert 0 < np.abs(images["np"][0] - np.asarray(images["pil"][0]) / 255).max() < 2 / 255
     assert torch.equal(images["pt"][0].permute(1, 2, 0), torch.from_numpy(images["np"][0]))
@@ -349,11 +270,10 @@ def test_a_given_mask_stays(finder, scene):
 
 
 def test_words_and_edit_in_one_call(finder, scene):
-    family = sdxl()
-    pipe = local_editor(family)
+    pipe = local_editor("sdxl")
     pipe.update_components(mask_model=finder.mask_model, mask_model_processor=finder.mask_model_processor)
     side = {"height": scene.image.height, "width": scene.image.width}
-    state = run(pipe, family, image=scene.image, mask_prompt="red ball", prompt="a red cat", **side)
+    state = run(pipe, image=scene.image, mask_prompt="red ball", prompt="a red cat", **side)
     assert np.array_equal(state.mask_image, finder(image=scene.image, mask_prompt="red ball", output="mask_image"))
     changed = (np.asarray(state.images[0]) != np.asarray(scene.image)).any(axis=-1)
     assert not changed[np.asarray(state.mask_image) == 0].any()
@@ -361,14 +281,13 @@ def test_words_and_edit_in_one_call(finder, scene):
 
 
 def test_the_found_mask_serves_diffusers_own_inpainting_blocks(finder, scene):
-    family = sdxl()
-    blocks = family.blocks
+    blocks = StableDiffusionXLAutoBlocks()
     blocks.sub_blocks.insert("find_mask", IEditFindMaskStep(), 0)
-    pipe = init(family, blocks)
+    pipe = init(blocks, "sdxl")
     pipe.update_components(mask_model=finder.mask_model, mask_model_processor=finder.mask_model_processor)
     side = {"height": scene.image.height, "width": scene.image.width}
-    by_words = run(pipe, family, image=scene.image, mask_prompt="red ball", **side)
-    by_mask = run(pipe, family, image=scene.image, mask_image=by_words.mask_image, **side)
+    by_words = run(pipe, image=scene.image, mask_prompt="red ball", **side)
+    by_mask = run(pipe, image=scene.image, mask_image=by_words.mask_image, **side)
     assert by_words.mask is not None
     assert np.array_equal(by_words.images[0], by_mask.images[0])
 
@@ -395,9 +314,9 @@ def test_words_that_find_nothing(finder, scene, words, message):
         finder(image=scene.image, **words)
 
 
-def test_words_without_a_mask_model(flux_family):
+def test_words_without_a_mask_model():
     with pytest.raises(ValueError, match=r"load_components\(\['mask_model', 'mask_model_processor'\]\)"):
-        run(local_editor(flux_family), flux_family, mask_prompt="ball")
+        run(local_editor("flux"), mask_prompt="ball")
 
 
 @pytest.mark.parametrize(
@@ -408,27 +327,27 @@ def test_words_without_a_mask_model(flux_family):
         ([MASK, MASK], "holds 2 masks for 1 images"),
     ],
 )
-def test_masks_that_do_not_fit(flux_family, mask, message):
+def test_masks_that_do_not_fit(mask, message):
     with pytest.raises(ValueError, match=message):
-        run(local_editor(flux_family), flux_family, mask_image=mask)
+        run(local_editor("flux"), mask_image=mask)
 
 
 @pytest.mark.parametrize("words", [{"mask_prompt": "red ball"}, {"mask_image": MASK}])
-def test_a_picture_that_diffusers_would_see_lying_on_its_side(flux_family, finder, words):
+def test_a_picture_that_diffusers_would_see_lying_on_its_side(finder, words):
     photo = PHOTO.copy()
     photo.getexif()[0x0112] = 6
-    pipe = local_editor(flux_family)
+    pipe = local_editor("flux")
     pipe.update_components(mask_model=finder.mask_model, mask_model_processor=finder.mask_model_processor)
     with pytest.raises(ValueError, match="`image` has to stand upright, but has EXIF orientation 6"):
-        run(pipe, flux_family, image=photo, **words)
+        run(pipe, image=photo, **words)
 
 
-def test_a_block_that_stands_too_late(flux_family):
-    blocks = flux_family.blocks.get_workflow("image2image")
+def test_a_block_that_stands_too_late():
+    blocks = image_to_image("flux")
     place = list(blocks.sub_blocks).index("denoise.before_denoise.prepare_latents")
     blocks.sub_blocks.insert("mask_scheduler", IEditMaskSchedulerStep(), place)
     with pytest.raises(ValueError, match="put this block before those that prepare the denoising"):
-        run(init(flux_family, blocks), flux_family, mask_image=MASK)
+        run(init(blocks, "flux"), mask_image=MASK)
 
 
 def test_several_results_of_several_images_are_not_mixed_up():
@@ -451,8 +370,8 @@ def test_blocks_that_are_not_image_to_image(blocks, message):
         IEditBlocks().insert_into(blocks)
 
 
-def test_inserting_leaves_the_blocks_of_diffusers_as_they_are(flux_family):
-    workflow = flux_family.blocks.get_workflow("image2image")
+def test_inserting_leaves_the_blocks_of_diffusers_as_they_are():
+    workflow = image_to_image("flux")
     before = list(workflow.sub_blocks)
     edited = IEditBlocks().insert_into(workflow)
     assert list(workflow.sub_blocks) == before
