@@ -393,9 +393,10 @@ from diffusers_iedit.modular_iedit import IEditBlocks
 sys.argv = ["push_blocks.py", "me/blocks", "--private"]
 runpy.run_path(os.environ["SCRIPT"], run_name="__main__")
 IEditBlocks().save_pretrained(Path(os.environ["TARGET"], "blocks"), push_to_hub=True, repo_id="me/saved")
+IEditBlocks().push_to_hub("me/carded")
 """
 
-# In a fresh process without it: an edit by the blocks of the folder, and by those of the Hub.
+# In a fresh process without it: an edit by the blocks of the folder, by those of the Hub, and by those of a commit.
 EDIT = """
 import json
 import os
@@ -409,12 +410,13 @@ os.chdir(os.environ["TARGET"])
 image = Image.open("source.png")
 size = {"height": image.height, "width": image.width}
 said = {}
-for name, where in {"folder": "./blocks", "hub": "me/blocks"}.items():
+pinned = {"revision": os.environ["COMMIT"]}
+for name, where, revision in [("folder", "./blocks", {}), ("hub", "me/blocks", {}), ("commit", "me/changed", pinned)]:
     try:
-        ModularPipelineBlocks.from_pretrained(where)
+        ModularPipelineBlocks.from_pretrained(where, **revision)
     except ValueError as error:
         said[name] = [str(error)]
-    iedit = ModularPipelineBlocks.from_pretrained(where, trust_remote_code=True)
+    iedit = ModularPipelineBlocks.from_pretrained(where, trust_remote_code=True, **revision)
     said[name].append(type(iedit).__module__)
     iedit.save_pretrained(f"{name}-again")
     blocks = iedit.insert_into(StableDiffusionXLAutoBlocks().get_workflow("image2image"))
@@ -440,8 +442,12 @@ def saved(tmp_path_factory, scene):
     scene.image.save(target / "source.png")
     script = Path(__file__).parents[1] / "examples" / "push_blocks.py"
     with HubServer(tmp_path_factory.mktemp("hub")) as server:
+        server.add("models", "me/carded", {"README.md": b"# Written by hand"})
         output(server.run(PUSH, SCRIPT=str(script), TARGET=str(target)))
-        said = json.loads(output(server.run(EDIT, TARGET=str(target))))
+        blocks = files_in(target / "blocks")
+        commit = server.add("models", "me/changed", blocks)
+        server.repos["models"]["me/changed"].commit("Newest", dict.fromkeys(blocks, b"raise SystemExit('the newest')"))
+        said = json.loads(output(server.run(EDIT, TARGET=str(target), COMMIT=commit)))
         yield server.repos["models"], target, said
 
 
@@ -458,13 +464,19 @@ def test_a_push_has_the_files_of_the_folder_and_no_token(saved, repo_id):
     repos, target, _ = saved
     files = repos[repo_id].files()
     assert files_in(target / "blocks").items() <= files.items()
-    assert set(files) - set(files_in(target / "blocks")) <= {"README.md", ".gitattributes"}
+    assert set(files) - set(files_in(target / "blocks")) == {"README.md"}
+    assert f'ModularPipelineBlocks.from_pretrained("{repo_id}"' in files["README.md"].decode()
     assert not [path for path, content in files.items() if TOKEN.encode() in content]
     assert repos[repo_id].private == (repo_id == "me/blocks")
     assert len(repos[repo_id].commits) == 2  # The first one made the repository.
 
 
-@pytest.mark.parametrize("name", ["folder", "hub"])
+def test_a_card_that_is_on_the_hub_stays(saved):
+    repos, target, _ = saved
+    assert repos["me/carded"].files() == files_in(target / "blocks") | {"README.md": b"# Written by hand"}
+
+
+@pytest.mark.parametrize("name", ["folder", "hub", "commit"])
 def test_saved_blocks_edit_without_this_package_for_who_trusts_them(saved, name):
     _, target, said = saved
     untrusted, module = said[name]
@@ -477,7 +489,7 @@ def test_saved_blocks_edit_without_this_package_for_who_trusts_them(saved, name)
     assert not changed[mask == 0].any()
 
 
-@pytest.mark.parametrize("name", ["folder", "hub"])
+@pytest.mark.parametrize("name", ["folder", "hub", "commit"])
 def test_saved_blocks_can_be_saved_again(saved, name):
     _, target, _ = saved
     assert files_in(target / f"{name}-again") == files_in(target / "blocks")

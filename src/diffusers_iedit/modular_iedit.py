@@ -5,11 +5,13 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModularPipelineBlocks, SequentialPipelineBlocks
 from diffusers.modular_pipelines import ComponentSpec, InputParam, ModularPipeline, OutputParam, PipelineState
+from huggingface_hub import create_repo, file_exists, hf_hub_download
 from PIL import Image
 from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
@@ -23,6 +25,39 @@ CODE_FILES = ("modular_iedit.py", "scheduling_iedit.py", "masking_iedit.py", "re
 
 _MASK_MODEL = "CIDAS/clipseg-rd64-refined"
 _MASK_IMAGE = "Where to edit: masks of the size of `image`, 1 (white) = edit, one for all images or one for each."
+
+_CARD = """---
+license: apache-2.0
+library_name: diffusers
+tags:
+- modular-diffusers
+- image-editing
+---
+
+# iEdit: local edits with modular image-to-image pipelines
+
+Blocks for [Modular Diffusers](https://huggingface.co/docs/diffusers/modular_diffusers/overview). They find by words
+what is to change in an image, and keep the rest: outside of the mask the latents are the source's after every step
+(Eq. 13 of [iEdit](https://huggingface.co/papers/2305.05947)), and no pixel changes. They work with the blocks of
+Stable Diffusion XL, Stable Diffusion 3, Flux, Qwen-Image and Z-Image. Look at the code before you trust it, and name
+the commit that you looked at.
+
+```py
+from diffusers import FluxAutoBlocks, ModularPipelineBlocks
+from diffusers.utils import load_image
+
+iedit = ModularPipelineBlocks.from_pretrained("OWNER/NAME", revision="COMMIT", trust_remote_code=True)
+blocks = iedit.insert_into(FluxAutoBlocks().get_workflow("image2image"))
+pipe = blocks.init_pipeline("black-forest-labs/FLUX.1-dev")
+pipe.load_components()
+image = load_image("photo.png")
+edited = pipe(image=image, prompt="a blue car", mask_prompt="car", strength=0.7, output="images")[0]
+```
+
+The other ways to say where: `source_prompt`, a caption of the image, of which `prompt` changes some words, or
+`mask_image`. The mask model is CLIPSeg, `CIDAS/clipseg-rd64-refined`. The image is edited at the size that the
+pipeline has by default, or at `height` x `width`, best of its own aspect, and comes back in its own size.
+"""
 
 
 def _check_upright(image):
@@ -316,13 +351,45 @@ class IEditBlocks(SequentialPipelineBlocks):
         return blocks
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """Part of `save_pretrained` and `push_to_hub`: saves the code files beside `modular_config.json`."""
+        """Part of `save_pretrained`: saves the code files beside `modular_config.json`."""
         os.makedirs(save_directory, exist_ok=True)
         for name in CODE_FILES:
             part = Path(save_directory, f".{name}.part")
             shutil.copyfile(Path(__file__).with_name(name), part)
             part.replace(Path(save_directory, name))
-        super().save_config(str(save_directory), push_to_hub=push_to_hub, **kwargs)
+        super().save_config(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """
+        Uploads the blocks with all of their code, in one commit. A card that is on the Hub stays.
+
+        Args:
+            repo_id (`str`): The repository, which is made if need be.
+            commit_message, private, token, create_pr: As in [`~utils.PushToHubMixin.push_to_hub`].
+
+        Returns:
+            `str`: The address of the commit.
+        """
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            card = Path(folder, "README.md")
+            if file_exists(repo_id, card.name, token=token):
+                shutil.copyfile(hf_hub_download(repo_id, card.name, token=token), card)
+            else:
+                card.write_text(_CARD.replace("OWNER/NAME", repo_id))
+            self.save_pretrained(folder)
+            return self._upload_folder(
+                folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
+            )
 
     def to_json_file(self, json_file_path: str | os.PathLike):
         part = Path(f"{json_file_path}.part")
