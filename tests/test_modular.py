@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import icc_profiles
 import numpy as np
 import pytest
 import tiny_models
@@ -191,16 +192,24 @@ def test_one_mask_serves_several_results_and_each_image_may_have_its_own():
         assert not (np.asarray(image) != np.asarray(PHOTO))[mask == 0].any()
 
 
-def test_the_result_has_the_size_profile_and_background_of_a_photo_that_was_scaled():
+def test_the_result_has_the_size_and_background_of_a_photo_that_was_scaled():
     photo = PHOTO.resize((150, 110), Image.Resampling.NEAREST)
-    photo.info["icc_profile"] = b"a profile that no one can read"
     mask = Image.fromarray(MASK).resize(photo.size, Image.Resampling.NEAREST)
     (edited,) = run(local_editor("flux"), image=photo, mask_image=mask).images
     assert edited.size == photo.size
-    assert edited.info["icc_profile"] == photo.info["icc_profile"]
     changed = (np.asarray(edited) != np.asarray(photo)).any(axis=-1)
     assert not changed[np.asarray(mask) == 0].any()
     assert changed.any()
+
+
+def test_a_colour_profile_is_kept_and_changes_no_pixel():
+    photo = PHOTO.copy()
+    photo.info["icc_profile"] = icc_profiles.display_p3()
+    (with_profile,), (without,) = (
+        run(local_editor("flux"), image=image, mask_image=MASK).images for image in (photo, PHOTO)
+    )
+    assert with_profile.info["icc_profile"] == photo.info["icc_profile"]
+    assert np.array_equal(with_profile, without)
 
 
 def test_output_types():
@@ -210,6 +219,8 @@ def test_output_types():
     assert 0 < np.abs(images["np"][0] - np.asarray(images["pil"][0]) / 255).max() < 2 / 255
     assert torch.equal(images["pt"][0].permute(1, 2, 0), torch.from_numpy(images["np"][0]))
     assert (images["np"][0][MASK == 0] == np.asarray(PHOTO)[MASK == 0] / np.float32(255)).all()
+    state = run(pipe, mask_image=MASK, output_type="latent")
+    assert torch.equal(state.images, state.result)
 
 
 # Words

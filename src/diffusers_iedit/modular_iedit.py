@@ -241,7 +241,7 @@ class IEditKeepBackgroundStep(ModularPipelineBlocks):
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The edited images, of the size of `image`.
 
     Raises:
-        `ValueError`: For several results of each of several images: which belongs to which depends on the pipeline.
+        `ValueError`: For several results of each of several images, which pipelines put in different orders.
     """
 
     @property
@@ -277,8 +277,10 @@ class IEditKeepBackgroundStep(ModularPipelineBlocks):
             region, cell = Region(0, 0, *photos[0].size), components.vae_scale_factor
             pictures = []
             for photo, mask, result in zip(photos, masks.expand(len(photos), -1, -1, -1), edited, strict=True):
-                pixels = cut_out([photo], [region], result.size)[0]
-                cutout = Cutout(photo, region, result.size, mask, blend=mask)
+                # The model saw the pixels as they are: diffusers' blocks take them for sRGB.
+                source = replace(photo, icc_profile=None)
+                cutout = Cutout(source, region, result.size, mask, blend=mask)
+                pixels = cut_out([source], [region], result.size)[0]
                 pictures.append(cutout.set_back(to_unit_range(result.pixels[:3]), pixels, cell, cell))
             block_state.images = to_output(pictures, block_state.output_type, photos)
         self.set_block_state(state, block_state)
