@@ -12,11 +12,12 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
     lambda record: "requires torchvision" not in record.getMessage()
 )
 
-__all__ = ["IEditMaskedDDIM", "IEditMaskedScheduler", "IEditPipeline", "IEditPipelineOutput", "mini"]
+__all__ = ["IEditMaskedDDIM", "IEditMaskedScheduler", "IEditPipeline", "IEditPipelineOutput", "LocalEditor", "mini"]
 
 
 if TYPE_CHECKING:
     from . import mini
+    from .editor import LocalEditor
     from .pipeline import IEditPipeline, IEditPipelineOutput
     from .scheduling_iedit import IEditMaskedDDIM, IEditMaskedScheduler
 else:
@@ -26,6 +27,8 @@ else:
             return importlib.import_module(".mini", __name__)
         if name.startswith("IEditPipeline") and name in __all__:
             return getattr(importlib.import_module(".pipeline", __name__), name)
+        if name == "LocalEditor":
+            return importlib.import_module(".editor", __name__).LocalEditor
         if name.startswith("IEditMasked") and name in __all__:
             return getattr(importlib.import_module(".scheduling_iedit", __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

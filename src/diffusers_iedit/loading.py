@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Of the pipelines that the package ships, the components that lie elsewhere than in `mini.model_path()`.
-_PIPELINES = {"mini": {}, "mini-base": {"unet": mini.base_unet_path()}}
+SHIPPED_PIPELINES = {"mini": {}, "mini-base": {"unet": mini.base_unet_path()}}
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -104,7 +103,7 @@ def find(name: str | Path, argument: str, shipped: Iterable[str]) -> Path | None
 
 def find_pipeline(name: str | Path, argument: str) -> Path | None:
     """As `find`, for the folder of a diffusers pipeline; the package ships `mini` and `mini-base`."""
-    folder = find(name, argument, _PIPELINES)
+    folder = find(name, argument, SHIPPED_PIPELINES)
     if folder is not None and not (folder / "model_index.json").is_file():
         raise ValueError(
             f"{argument} {str(name)!r} is no folder of a diffusers pipeline, as it has no model_index.json"
@@ -330,14 +329,14 @@ def load_pipeline(
     import diffusers
     import torch
 
-    elsewhere = _PIPELINES.get(str(name), {})
-    folder = mini.model_path() if name in _PIPELINES else find_pipeline(name, argument)
+    elsewhere = SHIPPED_PIPELINES.get(str(name), {})
+    folder = mini.model_path() if name in SHIPPED_PIPELINES else find_pipeline(name, argument)
     if folder is None:
 
         def download(name: str, **options) -> str | Path:
             return cls.download(name, variant=variant, use_safetensors=True, **components, **options)
 
-        folder = _from_hub(str(name), argument, _PIPELINES, download)
+        folder = _from_hub(str(name), argument, SHIPPED_PIPELINES, download)
     with usable(argument, name, kind or cls.__name__):
         index = _read_config(folder / "model_index.json")
         named = getattr(diffusers, str(index.get("_class_name")), cls)
@@ -358,4 +357,6 @@ def load_pipeline(
                 components[part] = _load(component_class, files, **options)
             except Exception as error:
                 raise ValueError(f"{part}: {_one_line(error)}") from error
-        return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **components)
+        # That a stock class leaves mask model and captioner aside is no news where the package ships them.
+        with _silent() if str(name) in SHIPPED_PIPELINES else nullcontext():
+            return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **components)

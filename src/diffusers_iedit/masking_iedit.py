@@ -531,10 +531,9 @@ class MaskFinderMixin:
     # How a user gives this object a model, for messages.
     _load_call = "pipe.register_modules("
 
-    @property
-    def _finding_device(self) -> torch.device:
-        """Where mask model and captioner run."""
-        raise NotImplementedError
+    def _device_of(self, model) -> torch.device:
+        """Where mask model or captioner run."""
+        return model.device
 
     def _check_where(
         self,
@@ -563,7 +562,7 @@ class MaskFinderMixin:
         check_pixels("mask_feather", mask_feather)
 
     def _caption(self, images: list[Image.Image]) -> list[str]:
-        inputs = self.caption_processor(images=images, return_tensors="pt").to(self._finding_device)
+        inputs = self.caption_processor(images=images, return_tensors="pt").to(self._device_of(self.captioner))
         inputs["pixel_values"] = inputs["pixel_values"].to(self.captioner.dtype)
         token_ids = self.captioner.generate(**inputs, max_new_tokens=30)
         return self.caption_processor.batch_decode(token_ids, skip_special_tokens=True)
@@ -603,7 +602,9 @@ class MaskFinderMixin:
             zip(images, self._terms(images, prompt, mask_prompt, source_prompt), strict=True)
         ):
             try:
-                found = search(self.mask_model, self.mask_processor, image, term, mask_threshold, self._finding_device)
+                found = search(
+                    self.mask_model, self.mask_processor, image, term, mask_threshold, self._device_of(self.mask_model)
+                )
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error} {float16_way_out('mask_model', self.mask_model)}") from error
             masks.append((found.probability > mask_threshold).float())

@@ -299,8 +299,8 @@ class IEditPipeline(MaskFinderMixin, StableDiffusionImg2ImgPipeline):
         channels = self.vae.config.latent_channels
         return isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == channels
 
-    @property
-    def _finding_device(self) -> torch.device:
+    def _device_of(self, model) -> torch.device:
+        # Of a model that is offloaded, `device` is the CPU.
         return self._execution_device
 
     def _after_finding(self) -> None:

@@ -350,8 +350,8 @@ class IEditMaskedScheduler:
             )
 
         # Packed latents do not tell their height and width: those of the source do, or else those of the mask.
-        size = (self._mask if source.ndim == 3 else source).shape[-2:]
-        side = _token_side(*size, tokens=sample.shape[1]) if sample.ndim == 3 else None
+        height, width = (self._mask if source.ndim == 3 else source).shape[-2:]
+        side = _token_side(height, width, sample.shape[1]) if sample.ndim == 3 else None
         if source.ndim == sample.ndim == 3 and (side is None or sample.shape[2] % side**2):
             raise ValueError(
                 f"`mask` must have the height and width of the latents before they were packed to shape "
@@ -373,8 +373,8 @@ class IEditMaskedScheduler:
             )
 
         mask = self._mask.to(sample.device)
-        if mask.shape[-2:] != size:
-            mask = F.adaptive_max_pool2d(mask, size)
+        if mask.shape[-2:] != (height, width):
+            mask = F.adaptive_max_pool2d(mask, (height, width))
         if side is not None:
             mask = _pack(mask.expand(-1, sample.shape[2] // side**2, -1, -1), side)
         self._on_latents = source.expand(sample.shape), noise, mask
