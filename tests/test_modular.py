@@ -392,7 +392,7 @@ def test_inserting_leaves_the_blocks_of_diffusers_as_they_are():
 # Folder and Hub
 
 
-# In a fresh process with the package: the blocks go to the Hub by the example, and with a folder.
+# In a fresh process: the blocks go to the Hub by the example, with a folder, over a card, and in two versions.
 PUSH = """
 import os
 import runpy
@@ -400,20 +400,24 @@ import sys
 from pathlib import Path
 
 from diffusers_iedit.modular_iedit import IEditBlocks
+from huggingface_hub import HfApi
 
 sys.argv = ["push_blocks.py", "me/blocks", "--private"]
 runpy.run_path(os.environ["SCRIPT"], run_name="__main__")
 IEditBlocks().save_pretrained(Path(os.environ["TARGET"], "blocks"), push_to_hub=True, repo_id="me/saved")
 IEditBlocks().push_to_hub("me/carded")
+IEditBlocks().push_to_hub("me/changed")
+commit = HfApi().model_info("me/changed").sha
+newest = {"path_in_repo": "modular_iedit.py", "path_or_fileobj": b"raise SystemExit('the newest code ran')"}
+HfApi().upload_file(repo_id="me/changed", **newest)
 """
 
-# In a fresh process without it: an edit by the blocks of the folder, by those of the Hub, and by those of a commit.
+# From then on without the package: an edit by the blocks of the folder, by those of the Hub, and by those of a commit.
 EDIT = """
 import json
-import os
-import sys
 
-sys.modules["diffusers_iedit"] = None
+for name in [name for name in sys.modules if name.split(".")[0] == "diffusers_iedit"]:
+    sys.modules[name] = None
 from diffusers import ModularPipelineBlocks, StableDiffusionXLAutoBlocks
 from PIL import Image
 
@@ -421,7 +425,7 @@ os.chdir(os.environ["TARGET"])
 image = Image.open("source.png")
 size = {"height": image.height, "width": image.width}
 said = {}
-pinned = {"revision": os.environ["COMMIT"]}
+pinned = {"revision": commit}
 for name, where, revision in [("folder", "./blocks", {}), ("hub", "me/blocks", {}), ("commit", "me/changed", pinned)]:
     try:
         ModularPipelineBlocks.from_pretrained(where, **revision)
@@ -444,7 +448,7 @@ print(json.dumps(said))
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, scene):
-    """A Hub that got the blocks, the folder of both processes, and what the second one said."""
+    """A Hub that got the blocks, the folder of the process that pushed them and edited with them, and what it said."""
     target = tmp_path_factory.mktemp("target")
     StableDiffusionXLImg2ImgPipeline(**tiny_models.sdxl_components()).save_pretrained(target / "model")
     mini_pipe = IEditPipeline.from_pretrained(mini.model_path())
@@ -454,11 +458,8 @@ def saved(tmp_path_factory, scene):
     script = Path(__file__).parents[1] / "examples" / "push_blocks.py"
     with HubServer(tmp_path_factory.mktemp("hub")) as server:
         server.add("models", "me/carded", {"README.md": b"# Written by hand"})
-        output(server.run(PUSH, SCRIPT=str(script), TARGET=str(target)))
-        blocks = files_in(target / "blocks")
-        commit = server.add("models", "me/changed", blocks)
-        server.repos["models"]["me/changed"].commit("Newest", dict.fromkeys(blocks, b"raise SystemExit('the newest')"))
-        said = json.loads(output(server.run(EDIT, TARGET=str(target), COMMIT=commit)))
+        printed = output(server.run(PUSH + EDIT, SCRIPT=str(script), TARGET=str(target)))
+        said = json.loads(printed.splitlines()[-1])
         yield server.repos["models"], target, said
 
 
