@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/regions.py
     OMP_NUM_THREADS=1 python benchmarks/regions.py --only grids --grids 4 --examples 16
+    OMP_NUM_THREADS=1 python benchmarks/regions.py --only grids --processes 16
 
 Three parts, on the mini models:
 
@@ -13,26 +14,34 @@ Three parts, on the mini models:
   correction by what surrounds the mask (`match_colours`).
 - `photo`: what an edit in a picture of 4000 x 3000 pixels costs beside the models.
 
-Seconds are CPU seconds of one process; with one thread they are the time it takes on an idle machine.
+Seconds are CPU seconds of one process; with one thread they are the time it takes on an idle machine. Each edit
+depends on its own seed alone, so that the edits of `grids` can be shared among processes, one thread each.
 """
 
 import argparse
 import contextlib
 import json
 import logging
+import multiprocessing
 import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from typing import NamedTuple
 from unittest import mock
 
 import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
+from tqdm import tqdm
 
 from diffusers_iedit import IEditPipeline, mini, regions_iedit
 from diffusers_iedit.mini.judging import Judge
@@ -53,15 +62,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the parts to run")
     parser.add_argument("--grids", nargs="+", type=int, default=[2, 3, 4, 6, 8], help="scenes a side")
     parser.add_argument("--examples", type=int, default=64, help="edits a grid, and pictures of the seam")
+    parser.add_argument("--processes", type=int, default=1, help="that share the edits of `grids`, one thread each")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     parser.add_argument("--memory-of", choices=("scene", "photo"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def load() -> IEditPipeline:
+@cache
+def load() -> tuple[IEditPipeline, Judge]:
+    """What edits and what judges, once a process."""
+    diffusers.utils.logging.set_verbosity_error()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    # That whole frames are large is what is measured.
+    logging.getLogger("diffusers_iedit").setLevel(logging.ERROR)
     pipe = IEditPipeline.from_pretrained(mini.model_path())
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe, Judge.from_pretrained(mini.judge_path())
 
 
 def ask(scene, number: int):
@@ -79,37 +96,82 @@ def padding_of(mask: Image.Image) -> int:
     return automatic_padding(plane, mini.SIZE)
 
 
-def measure_grid(pipe: IEditPipeline, judge: Judge, grid: int, examples: int) -> dict[str, dict[str, float]]:
-    """Share of edits that succeed and CPU seconds an edit, by how the picture is edited."""
-    ways = {"given mask, cut out": examples, "words alone, cut out": examples, "small copy": examples}
-    if grid <= LARGEST_WHOLE_GRID:
-        ways["whole frame"] = min(examples, WHOLE_EXAMPLES)
-    results = {}
-    for way, count in ways.items():
-        successes, seconds = [], []
-        for number in range(count):
-            scene = mini.render_large(FIRST_SEED + number, grid)
-            target = ask(scene, number)
-            arguments = {"mask_image": scene.mask, "mask_dilation": DILATION}
-            if way == "small copy":
-                arguments["processing_resolution"] = mini.SIZE
-            if way == "given mask, cut out":
-                arguments["padding_mask_crop"] = padding_of(scene.mask)
-            start = time.process_time()
-            if way == "words alone, cut out":
-                try:
-                    (mask,) = pipe.predict_mask(scene.image, mask_prompt=scene.thing.name)
-                except ValueError:  # nothing was found
-                    successes.append(False)
-                    continue
-                arguments |= {"mask_image": mask, "padding_mask_crop": padding_of(mask)}
-            generator = torch.Generator().manual_seed(number)
-            image = pipe(scene.image, target.caption, generator=generator, **arguments).images[0]
-            seconds.append(time.process_time() - start)
-            (seen,) = judge.look([image], [target.mask])
-            successes.append((seen.noun, seen.colour) == (target.thing.noun, target.thing.colour))
-        results[way] = {"success": statistics.mean(successes), "edits": count}
-        results[way]["seconds"] = statistics.median(seconds or [float("nan")])
+class Task(NamedTuple):
+    """One edit of `grids`."""
+
+    grid: int
+    way: str
+    number: int
+
+
+def tasks_of(grids: list[int], examples: int) -> list[Task]:
+    """All edits of `grids`; those that take longest come first, so that no process is left alone with one."""
+    tasks = []
+    for grid in sorted(grids, reverse=True):
+        counts = dict.fromkeys(("words alone, cut out", "given mask, cut out", "small copy"), examples)
+        if grid <= LARGEST_WHOLE_GRID:
+            counts["whole frame"] = min(examples, WHOLE_EXAMPLES)
+        tasks += [Task(grid, way, number) for way, count in counts.items() for number in range(count)]
+    return sorted(tasks, key=lambda task: task.way != "whole frame")
+
+
+def measure_task(task: Task) -> tuple[bool, float | None]:
+    """Whether an edit succeeds, and its CPU seconds; None where the words found nothing to edit."""
+    pipe, judge = load()
+    scene = mini.render_large(FIRST_SEED + task.number, task.grid)
+    target = ask(scene, task.number)
+    arguments = {"mask_image": scene.mask, "mask_dilation": DILATION}
+    if task.way == "small copy":
+        arguments["processing_resolution"] = mini.SIZE
+    if task.way == "given mask, cut out":
+        arguments["padding_mask_crop"] = padding_of(scene.mask)
+    start = time.process_time()
+    if task.way == "words alone, cut out":
+        try:
+            (mask,) = pipe.predict_mask(scene.image, mask_prompt=scene.thing.name)
+        except ValueError:  # nothing was found
+            return False, None
+        arguments |= {"mask_image": mask, "padding_mask_crop": padding_of(mask)}
+    generator = torch.Generator().manual_seed(task.number)
+    image = pipe(scene.image, target.caption, generator=generator, **arguments).images[0]
+    seconds = time.process_time() - start
+    (seen,) = judge.look([image], [target.mask])
+    return (seen.noun, seen.colour) == (target.thing.noun, target.thing.colour), seconds
+
+
+def warm_up() -> None:
+    torch.set_num_threads(1)
+    # The first edit pays for what is set up once.
+    edit_of(load()[0], "scene")()
+
+
+@contextlib.contextmanager
+def shared_among(processes: int) -> Iterator[Callable]:
+    """`map`, in this process or in several."""
+    if processes == 1:
+        warm_up()
+        yield map
+        return
+    # A fork of a process that has loaded torch may hang.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=warm_up) as pool:
+        yield pool.map
+
+
+def measure_grids(grids: list[int], examples: int, processes: int) -> dict[int, dict[str, dict[str, float]]]:
+    """Share of edits that succeed and median CPU seconds of an edit, by grid and by how the picture is edited."""
+    tasks = tasks_of(grids, examples)
+    with shared_among(processes) as map_tasks:
+        found = dict(zip(tasks, tqdm(map_tasks(measure_task, tasks), total=len(tasks)), strict=True))
+    results = {grid: {} for grid in grids}
+    for grid, way in dict.fromkeys((task.grid, task.way) for task in tasks):
+        successes, seconds = zip(*(each for task, each in found.items() if task[:2] == (grid, way)), strict=True)
+        taken = [each for each in seconds if each is not None]
+        results[grid][way] = {
+            "success": statistics.mean(successes),
+            "edits": len(successes),
+            "seconds": statistics.median(taken or [float("nan")]),
+        }
     return results
 
 
@@ -255,10 +317,7 @@ def report_photo(found: dict[str, float]) -> None:
 
 def main():
     args = parse_args()
-    diffusers.utils.logging.set_verbosity_error()
-    # That whole frames are large is what is measured.
-    logging.getLogger("diffusers_iedit").setLevel(logging.ERROR)
-    pipe = load()
+    pipe, judge = load()
     if args.memory_of is not None:
         edit_of(pipe, args.memory_of)()
         # In KiB on Linux, in bytes on macOS.
@@ -266,10 +325,9 @@ def main():
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
         return
 
-    judge = Judge.from_pretrained(mini.judge_path())
     results = {"settings": {"examples": args.examples, "threads": torch.get_num_threads()}}
     if "grids" in args.only:
-        results["grids"] = {grid: measure_grid(pipe, judge, grid, args.examples) for grid in args.grids}
+        results["grids"] = measure_grids(args.grids, args.examples, args.processes)
         report_grids(results["grids"])
     if "seam" in args.only:
         results["seam"] = {}

@@ -188,6 +188,14 @@ def test_regions_measures_success_seams_and_costs(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.slow
+def test_regions_finds_the_same_however_many_processes_share_the_edits(tmp_path, monkeypatch):
+    arguments = ["--only", "grids", "--grids", "2", "--examples", "1", "--processes"]
+    alone, shared = (figures_of("regions.py", [*arguments, n], tmp_path, monkeypatch)["grids"]["2"] for n in "12")
+    assert all(found.pop("seconds") > 0 for ways in (alone, shared) for found in ways.values())
+    assert alone == shared
+
+
+@pytest.mark.slow
 def test_an_edit_leaves_no_seam(tmp_path, monkeypatch):
     figures = figures_of("regions.py", ["--only", "seam", "--examples", "8"], tmp_path, monkeypatch)
     for rows in figures["seam"].values():

@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -490,6 +492,15 @@ def test_the_command_builds_with_a_bar_and_a_rate_for_each_stage(run, tmp_path, 
     # And nothing else but the line on the word data.
     lines = [line for line in printed.split("\n") if line and "rows/s" not in line]
     assert len(lines) == 1 + 1 + len(report(tmp_path / "out")["dropped"])
+
+
+def test_help_comes_before_the_libraries():
+    script = build_dataset.__file__
+    argv = [sys.executable, "-X", "importtime", script, "--help"]
+    process = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert "--source" in process.stdout
+    slow = "torch|diffusers|datasets|accelerate|faiss|nltk|pyarrow"
+    assert not re.search(rf"\| +({slow})$", process.stderr, re.MULTILINE)
 
 
 def test_help_lists_the_options_by_name(run):

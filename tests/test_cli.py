@@ -309,6 +309,14 @@ def line_says_no_profile(line):
     return line.endswith(", BMP keeps no colour profile (PNG does)")
 
 
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])
+def test_a_colour_profile_that_cannot_be_used_is_said_once(folder, model, capfd, mode):
+    Image.open("in.png").convert(mode).save("in.tif", icc_profile=b"broken")
+    argv = ["edit", "in.tif", "car", "-o", "out.png", "--mask-prompt", "car", "--mask-threshold", "0", *QUICK.split()]
+    assert cli.main([*argv, "--model", str(model)]) == 0
+    assert capfd.readouterr().err.count("colour profile cannot be used") == 1
+
+
 def test_heic_names_the_package_that_reads_it(folder, model, capfd):
     (folder / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(64))
     assert cli.main(["edit", "photo.heic", "car", "-o", "out.png", "--model", str(model)]) == 2
@@ -432,6 +440,15 @@ def test_lists_of_an_evaluation_that_are_given_twice_add_up(tmp_path, monkeypatc
     assert added["metrics"] == ["ssim", "psnr"]
     assert added["methods"] == ["iedit", "sdedit"]
     assert added["strengths"] == [0.3, 0.5, 0.7]
+
+
+@pytest.mark.parametrize("command", ["edit", "mask"])
+def test_help_names_the_models_of_the_package(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert "`mini`" in text
+    assert "`mini-base`" in text
 
 
 def test_help_names_the_values_of_networks(capsys):

@@ -1,15 +1,20 @@
-"""`LocalEditor` on a pipeline of every family: the outside the same bytes, the inside edited, the pipeline as it was."""
+"""`LocalEditor` on a pipeline of every family: outside the mask the same bytes, and the pipeline as it was."""
 
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, HEIGHT, WIDTH
+from families import FAMILIES, HEIGHT, WIDTH, small_conditions  # noqa: F401
 from PIL import Image
 
 from diffusers_iedit import LocalEditor
 
 
 SOURCE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+# That two prompts go with one image is the pipelines' own way to several results.
+pytestmark = [
+    pytest.mark.usefixtures("small_conditions"),
+    pytest.mark.filterwarnings("ignore:.*text prompts.*initial image:FutureWarning"),
+]
 SETTLED = ("height", "width", "max_area", "_auto_resize")
 
 

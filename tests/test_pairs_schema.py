@@ -133,6 +133,15 @@ def test_other_types_for_the_same_things_are_fine():
     assert validate(dataset([row()], datasets.Features(FEATURES | types))) == []
 
 
+def test_several_columns_that_are_missing_are_one_fault_in_one_line(tmp_path):
+    pairs = dataset([row()]).select_columns(["source_image", "similarity"])
+    (fault,) = validate(pairs)
+    assert fault.startswith("the pairs: columns `target_image`, `source_caption`, `edit_prompt`, ")
+    assert fault.endswith(" are missing; there are source_image, similarity.")
+    with pytest.raises(ValueError, match=r"^This is no set of iEdit pairs: .* are missing; there are .*[.]$"):
+        load_pairs(save(tmp_path, pairs))
+
+
 def test_a_column_that_is_missing_is_one_fault():
     (fault,) = validate(dataset([row()]).remove_columns("edit_prompt"))
     assert fault.startswith("the pairs: column `edit_prompt` is missing; there are source_image, target_image,")

@@ -822,6 +822,38 @@ def test_every_image_of_a_batch_has_a_region_of_its_own_and_the_result_it_gets_a
             np.testing.assert_allclose(mine, its, atol=tolerance)
 
 
+@pytest.mark.parametrize("output_type", ["pil", "np"])
+def test_an_interrupt_stops_all_images_of_a_batch_whatever_the_shape_of_their_regions(pipe, output_type):
+    images = [picture(300, 200, seed=0), picture(300, 200, seed=1, mode="RGBA")]
+    # A region that is square, and one too wide for it, so that they are edited one after the other.
+    masks, ran = [box_mask(300, 200, box) for box in ((10, 10, 30, 30), (20, 90, 240, 100))], []
+
+    def stop(pipe, step, timestep, kwargs):
+        ran.append(step)
+        pipe._interrupt = True
+        return kwargs
+
+    arguments = {"padding_mask_crop": 12, "num_images_per_prompt": 2, "output_type": output_type} | QUICK
+    result = pipe(images, mask_image=masks, callback_on_step_end=stop, **arguments)
+    assert ran == [0]
+    first, _, *others = (np.asarray(image) for image in result.images)
+    scale = 1 if output_type == "pil" else 255
+    assert (np.rint(scale * first)[..., :3] != np.asarray(images[0])).any(), "it is decoded as far as it has come"
+    for other in others:
+        assert np.array_equal(np.rint(scale * other), np.asarray(images[1]))
+    assert len(result.masks) == 4
+    # The next call starts afresh.
+    assert differing(pipe(images[0], mask_image=masks[0], generator=generator(), **QUICK).images[0], images[0]).any()
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np"])
+def test_a_colour_profile_that_cannot_be_used_is_said_once(mask_pipe, caplog, output_type):
+    source = picture()
+    source.info["icc_profile"] = b"broken"
+    mask_pipe(source, mask_prompt="car", mask_threshold=0.0, output_type=output_type, **QUICK)
+    assert caplog.text.count("colour profile cannot be used") == 1
+
+
 def test_a_soft_mask_stays_soft_in_a_region(pipe):
     source = picture(200, 150)
     soft = Image.new("L", (200, 150), 0)

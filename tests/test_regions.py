@@ -91,6 +91,12 @@ def test_a_profile_that_cannot_be_used_is_kept_and_said(caplog):
     assert photo.icc_profile == b"no profile at all"
 
 
+def test_what_is_read_already_is_taken_as_it_is():
+    (photo,) = read_photos(picture())
+    assert read_photos(photo)[0] is photo
+    assert read_photos([photo, photo]) == [photo, photo]
+
+
 def test_a_cmyk_photo_becomes_srgb_by_its_profile_which_is_left_out():
     source = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
     source.info["icc_profile"] = icc_profiles.cmyk()

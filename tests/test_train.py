@@ -636,6 +636,14 @@ def test_a_data_set_without_a_column_names_the_column(tmp_path, base, capsys, na
     assert f"column `{name}` is missing; there are " in message
 
 
+@pytest.mark.parametrize("option", ["train_data", "validation_data", "evaluation_data"])
+def test_a_data_set_of_something_else_is_told_in_one_line(tmp_path, pairs, base, capsys, option):
+    other = write_pairs(tmp_path / "other", make_rows(3), ["source_image", "source_caption"])
+    message = error(arguments(pairs, base, tmp_path / "model", f"--{option}", other), capsys)
+    assert "columns `target_image`, `edit_prompt`, " in message
+    assert "\n" not in message
+
+
 def test_a_data_set_without_rows_is_refused(tmp_path, base, capsys):
     pairs = write_pairs(tmp_path / "pairs", [])
     assert re.search("no rows|no data", error(arguments(pairs, base, tmp_path / "model"), capsys))

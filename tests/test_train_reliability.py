@@ -571,6 +571,26 @@ def test_a_full_disk_at_the_end_leaves_the_checkpoints_whole_and_no_half_model(
     assert same_end(output_dir, plain)
 
 
+def test_a_full_disk_leaves_the_settings_of_the_earlier_run_whole(tmp_path, pairs, base, plain, monkeypatch):
+    output_dir = Path(shutil.copytree(plain, tmp_path / "model"))
+    before = (output_dir / "training_args.json").read_bytes()
+    write = Path.write_text
+
+    def write_half(path, text, **kwargs):
+        if not path.name.startswith("training_args.json"):
+            return write(path, text, **kwargs)
+        write(path, text[: len(text) // 2], **kwargs)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(SystemExit, match="no space left on device"):
+        command([*arguments(pairs, base, output_dir), *RESUME])
+    assert (output_dir / "training_args.json").read_bytes() == before
+    monkeypatch.undo()
+    train([*arguments(pairs, base, output_dir), *RESUME])
+    assert not list(output_dir.glob("*.partial"))
+
+
 # Several processes
 
 

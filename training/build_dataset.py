@@ -10,21 +10,18 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from diffusers_iedit.pairs.build import STAGES, build
-from diffusers_iedit.pairs.caption import CaptionOptions
-from diffusers_iedit.pairs.edit_prompts import EditOptions
-from diffusers_iedit.pairs.embed import EmbedOptions
-from diffusers_iedit.pairs.engines import LocalEngine, RayEngine
-from diffusers_iedit.pairs.jobs import Options
-from diffusers_iedit.pairs.mask import MaskOptions
-from diffusers_iedit.pairs.read import ReadOptions
-from diffusers_iedit.pairs.retrieve import RetrieveOptions
-from diffusers_iedit.pairs.write import push
+from diffusers_iedit.pairs.options import (
+    STAGES,
+    CaptionOptions,
+    EditOptions,
+    EmbedOptions,
+    MaskOptions,
+    ReadOptions,
+    RetrieveOptions,
+)
 
 
 @dataclass
@@ -39,8 +36,8 @@ class RunOptions:
         default=None, metadata={"help": "the cluster's address, or auto; by default a local Ray is started"}
     )
     num_workers: int = field(default=1, metadata={"help": "Ray: actors a stage, at most"})
-    gpus_per_worker: float = field(
-        default=float(torch.cuda.is_available()), metadata={"help": "Ray: GPUs of each actor; may be a fraction"}
+    gpus_per_worker: float | None = field(
+        default=None, metadata={"help": "Ray: GPUs of each actor; may be a fraction; by default one if there is one"}
     )
     batch_size: int = field(default=16, metadata={"help": "images that a model looks at together"})
     resume: bool = field(default=True, metadata={"help": "go on with a build that was stopped"})
@@ -117,18 +114,29 @@ def main() -> None:
                 silenced.enter_context(redirect_stdout(nowhere))
                 silenced.enter_context(redirect_stderr(nowhere))
             run, read, caption, edit, embed, retrieve, mask = parser.parse_args_into_dataclasses()
-            options = Options(read, caption, edit.options(), edit.edit_seed, embed, retrieve, mask)
+            edit_options = edit.options()
     except ValueError as error:
         sys.exit(f"build_dataset.py: error: {error}" if is_first else 1)
+
+    # What --help and a wrong option get is not to wait for these, which take seconds.
+    import torch
+    from accelerate import PartialState
+
+    from diffusers_iedit.pairs.build import build
+    from diffusers_iedit.pairs.engines import LocalEngine, RayEngine
+    from diffusers_iedit.pairs.jobs import Options
+    from diffusers_iedit.pairs.write import push
 
     # Given again, `--redo` would begin its stage again.
     again = "Run the same command again" if run.resume and not run.redo else "Run it again without --redo, --no_resume"
     try:
         if run.engine == "ray":
-            engine = RayEngine(run.ray_address, run.num_workers, run.gpus_per_worker)
+            gpus = float(torch.cuda.is_available()) if run.gpus_per_worker is None else run.gpus_per_worker
+            engine = RayEngine(run.ray_address, run.num_workers, gpus)
         else:
             engine = LocalEngine()
         redo = run.redo if run.resume else STAGES[0]
+        options = Options(read, caption, edit_options, edit.edit_seed, embed, retrieve, mask)
         report = build(run.output_dir, options, engine, run.batch_size, redo, run.license_note)
         if engine.is_main:
             print(f"{report['rows_out']:,} pairs from {report['rows_in']:,} rows in {run.output_dir}")

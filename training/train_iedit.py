@@ -405,7 +405,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         elif args.overwrite_output_dir:
             remove_run(output_dir)
         loss_log = LossLog(output_dir / "losses.csv", ["step", "loss", *terms, "learning_rate"], first_step)
-        (output_dir / "training_args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+        partial = output_dir / "training_args.json.partial"
+        partial.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+        partial.replace(output_dir / "training_args.json")
     accelerator.init_trackers("iedit", config={name: str(value) for name, value in vars(args).items()})
     positions = range(first_step * total_batch_size, args.max_train_steps * total_batch_size)
     dataloader = accelerator.prepare(

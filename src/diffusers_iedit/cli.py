@@ -26,6 +26,7 @@ from .images import open_image
 
 if TYPE_CHECKING:
     from .pipeline import IEditPipeline
+    from .regions_iedit import Photo
 
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
@@ -153,7 +154,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         metavar="NAME",
         default=DEFAULT_MODEL,
-        help="a Hub id, a folder, or `mini` for the small models of the package (default: %(default)s)",
+        help="a Hub id, a folder, `mini` for the small models of the package, or `mini-base` for what they were"
+        " fine-tuned from (default: %(default)s)",
     )
     common.add_argument(
         "--device",
@@ -533,27 +535,26 @@ def _is_16_bit(path: Path) -> bool:
         return any("16" in str(tile.args) for tile in unread.tile if isinstance(tile.args, (str, tuple)))
 
 
-def _settle_region(pipe: "IEditPipeline", image: Image.Image, given: dict, whole_frame: bool) -> list[str]:
+def _settle_region(pipe: "IEditPipeline", photo: "Photo", given: dict, whole_frame: bool) -> list[str]:
     """Settle what of the picture is edited at which size, as `--help` says, in the arguments of the edit.
 
     Words are replaced by the mask that they find, as its size decides. Returns what was done, for the printed line.
     """
     from .masking_iedit import dilate
-    from .regions_iedit import automatic_padding, read_masks, read_photos, surrounding_region
+    from .regions_iedit import automatic_padding, read_masks, surrounding_region
 
-    size = read_photos(image)[0].size
     if any(name in given for name in WHERE):
         words = {name: given.pop(name) for name in (*WHERE, "mask_threshold") if name in given}
-        given["mask_image"] = pipe.predict_mask(image, given["prompt"], **words)[0]
+        given["mask_image"] = pipe.predict_mask(photo, given["prompt"], **words)[0]
     resolution = given.get("processing_resolution", pipe.native_resolution)
     if "mask_image" in given and not whole_frame:
-        mask = dilate(read_masks(given["mask_image"], 1, size), given.get("mask_dilation", 0))[0]
+        mask = dilate(read_masks(given["mask_image"], 1, photo.size), given.get("mask_dilation", 0))[0]
         padding = given.get("padding_mask_crop", automatic_padding(mask, pipe.native_resolution))
         if padding is not None:
             given["padding_mask_crop"] = padding
             region = surrounding_region(mask, padding)
             return [f"the {region.width}x{region.height} px around the mask edited at {resolution} px"]
-    if "processing_resolution" not in given and max(size) > 2 * resolution:
+    if "processing_resolution" not in given and max(photo.size) > 2 * resolution:
         given["processing_resolution"] = resolution
         return [f"processed at {resolution} px"]
     return []
@@ -582,14 +583,18 @@ def _edit(args: argparse.Namespace) -> tuple[str, str]:
     )
     import torch
 
+    from .regions_iedit import read_photos
+
     with _notes(), _pipeline_errors(pipe):
-        notes[:0] = _settle_region(pipe, image, given, whole_frame=hasattr(args, "whole_frame"))
+        # Once, so that what its profile lacks is said once.
+        (photo,) = read_photos(image)
+        notes[:0] = _settle_region(pipe, photo, given, whole_frame=hasattr(args, "whole_frame"))
     first_seed = args.seed if hasattr(args, "seed") else secrets.randbelow(2**32)
     seeds = range(first_seed, first_seed + args.num_images)
     # Drawn on the CPU, a seed gives the same noise on every device.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with _notes(), _pipeline_errors(pipe):
-        output = pipe(image=image, num_images_per_prompt=args.num_images, generator=generators, **given)
+        output = pipe(image=photo, num_images_per_prompt=args.num_images, generator=generators, **given)
     for result, path in zip(output.images, paths, strict=True):
         _save(result, path)
     note = "".join(f", {note}" for note in notes)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from diffusers.image_processor import PipelineImageInput
@@ -60,9 +61,10 @@ EDITING_FAMILIES = {
     "Flux2KleinPipeline": EditingFamily(patch=2),
     "QwenImageEditPipeline": EditingFamily(has_frames=True, area=1024**2),
     "QwenImageEditPlusPipeline": EditingFamily(has_frames=True, area=1024**2),
+    "StableDiffusionInstructPix2PixPipeline": EditingFamily(),
 }
-"""By class; their `_encode_vae_image` encodes the source. All other pipelines are served that take `image` and
-`strength`: these noise the source's latents by their scheduler, which tells all there is to know."""
+"""By class; their `_encode_vae_image`, where they have one, encodes the source. All other pipelines are served that
+take `image` and `strength`: these noise the source's latents by their scheduler, which tells all there is to know."""
 
 _SERVED = (
     f"any image-to-image pipeline of diffusers (SD, SDXL, SD3, Flux, Chroma, Qwen-Image, Z-Image, Kolors, LCM, and"
@@ -88,6 +90,8 @@ def pipeline_class(class_name: str) -> type[DiffusionPipeline]:
     Raises:
         `ValueError`: If diffusers has none.
     """
+    if class_name in EDITING_FAMILIES:
+        return getattr(diffusers, class_name)
     found = _get_task_class(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, class_name, throw_error_if_not_exist=False)
     if found is None:
         raise ValueError(f"`model` is a {class_name}, which edits no pictures; expected the models of {_SERVED}.")
@@ -201,8 +205,10 @@ class LocalEditor(MaskFinderMixin):
             where = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
             where = {name: kwargs[name] for name in where if name in kwargs}
             source, config = model, DiffusionPipeline.load_config(model, **where)
-            pipeline_class(config["_class_name"])
-            pipe = AutoPipelineForImage2Image.from_pretrained(model, use_safetensors=True, **kwargs)
+            if (loader := pipeline_class(config["_class_name"])).__name__ not in EDITING_FAMILIES:
+                # It also finds the class that goes with a `controlnet`.
+                loader = AutoPipelineForImage2Image
+            pipe = loader.from_pretrained(model, use_safetensors=True, **kwargs)
         classes = (CLIPSegForImageSegmentation, CLIPSegProcessor, BlipForConditionalGeneration, BlipProcessor)
         for name, finder in zip(names, classes, strict=True):
             if name not in finders and config.get(name, [None])[0] is not None:
@@ -322,6 +328,8 @@ class LocalEditor(MaskFinderMixin):
 
         # 2. Read the sources
         photos = read_photos(image)
+        if output_type != "pil":
+            photos = [replace(photo, pixels=to_unit_range(photo.pixels)) for photo in photos]
         batch_size = max(len(photos), len(as_list(prompt)))
         if len(photos) not in (1, batch_size):
             raise ValueError(
@@ -345,8 +353,6 @@ class LocalEditor(MaskFinderMixin):
             photos, batch_size, size, prompt, mask_image, mask_prompt, source_prompt, mask_threshold, mask_dilation
         )
         blend = None if mask is None else feather(mask, mask_feather)
-        if output_type != "pil":
-            photos = [replace(photo, pixels=to_unit_range(photo.pixels)) for photo in photos]
         cutouts = plan_edits(
             photos,
             mask,
@@ -430,6 +436,8 @@ class LocalEditor(MaskFinderMixin):
         pixels = self.pipe.image_processor.preprocess(source, source.height, source.width)
         pixels = pixels.to(self.pipe._execution_device, self.pipe.vae.dtype)
         pixels = pixels[:, :, None] if family.has_frames else pixels
+        if not hasattr(self.pipe, "_encode_vae_image"):
+            return self.pipe.vae.encode(pixels).latent_dist.mode() * self.pipe.vae.config.scaling_factor
         return self.pipe._encode_vae_image(image=pixels, generator=None)
 
     def apply(self, image: PipelineImageInput, edits: Sequence[dict[str, Any]]) -> IEditPipelineOutput:

@@ -476,7 +476,9 @@ class IEditPipeline(MaskFinderMixin, StableDiffusionImg2ImgPipeline):
             cross_attention_kwargs (`dict`, *optional*): Passed to the attention processors.
             clip_skip (`int`, *optional*): How many of the text encoder's last layers to skip.
             callback_on_step_end (`Callable`, `PipelineCallback` or `MultiPipelineCallbacks`, *optional*):
-                Called after each step as `callback(pipe, step, timestep, callback_kwargs)`.
+                Called after each step as `callback(pipe, step, timestep, callback_kwargs)`. As in the stock pipeline,
+                `pipe._interrupt = True` skips all further steps, and the latents are decoded as they are. Images whose
+                edit has not begun, since their regions differ in shape, come back as they are.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*):
                 The tensors in `callback_kwargs`, out of `pipe._callback_tensor_inputs`.
 
@@ -519,6 +521,8 @@ class IEditPipeline(MaskFinderMixin, StableDiffusionImg2ImgPipeline):
         else:
             photos = read_photos(image)
             num_images, size = len(photos), photos[0].size
+            if output_type != "pil":
+                photos = [replace(photo, pixels=to_unit_range(photo.pixels)) for photo in photos]
         num_prompts = len(prompt_embeds) if prompt_embeds is not None else len(as_list(prompt))
         if num_images != num_prompts and 1 not in (num_images, num_prompts):
             raise ValueError(
@@ -553,8 +557,6 @@ class IEditPipeline(MaskFinderMixin, StableDiffusionImg2ImgPipeline):
             photos, batch_size, size, prompt, mask_image, mask_prompt, source_prompt, mask_threshold, mask_dilation
         )
         blend = None if mask is None else feather(mask, mask_feather)
-        if photos is not None and output_type != "pil":
-            photos = [replace(photo, pixels=to_unit_range(photo.pixels)) for photo in photos]
 
         # 4. Settle which region of each image is edited, and at which size
         cutouts = plan_edits(
@@ -575,6 +577,10 @@ class IEditPipeline(MaskFinderMixin, StableDiffusionImg2ImgPipeline):
         for size in dict.fromkeys(cutout.size for cutout in cutouts):
             chosen = [index for index, cutout in enumerate(cutouts) if cutout.size == size]
             results = [n for n in range(num_results) if n // num_images_per_prompt in chosen]
+            if photos is not None and pictures and self.interrupt:
+                pictures |= {n: photos[n // num_images_per_prompt].pixels.clone() for n in results}
+                flags |= dict.fromkeys(results, False)
+                continue
             latent_mask = None
             if photos is not None:
                 pixels = cut_out(_pick(photos, chosen), [cutouts[index].region for index in chosen], size)

@@ -190,6 +190,8 @@ def _array_in_unit_range(array: np.ndarray | torch.Tensor, name: str) -> torch.T
 
 def _read_entry(image) -> list[Photo]:
     """One entry of `image`, which may be a batch."""
+    if isinstance(image, Photo):
+        return [image]
     if isinstance(image, Image.Image):
         return [_read_pil(image)]
     if not isinstance(image, (np.ndarray, torch.Tensor)):
@@ -217,7 +219,8 @@ def read_photos(image) -> list[Photo]:
     Args:
         image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of these):
             PIL images of any mode, set upright by their EXIF orientation; arrays (H, W), (H, W, C) or (B, H, W, C),
-            tensors (C, H, W) or (B, C, H, W), with 1, 3 or 4 channels, uint8 or floats in [0, 1].
+            tensors (C, H, W) or (B, C, H, W), with 1, 3 or 4 channels, uint8 or floats in [0, 1]. A [`Photo`] is read
+            already.
 
     Returns:
         `list[Photo]`: B pictures of one size.

@@ -1,8 +1,13 @@
-"""Trains the mini CLIPSeg, starting from the mini CLIP, to mark what a text names, and nothing if it is not there."""
+"""Trains the mini CLIPSeg, starting from the mini CLIP, to mark what a text names, and nothing if it is not there.
+
+Half of the pictures are scenes as they are. The others are what a search in a large picture looks at: parts of a
+mosaic of scenes, anywhere in it, with things of other sizes, cut by the border, and several of a kind.
+"""
 
 import argparse
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +26,7 @@ from common import (
 from transformers import CLIPModel, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPSegProcessor, CLIPTokenizer
 from transformers import ViTImageProcessorPil as ViTImageProcessor
 
-from diffusers_iedit.mini import Scene, caption, render
+from diffusers_iedit.mini import SIZE, Scene, caption, render
 
 
 QUERIES = 5
@@ -29,6 +34,17 @@ QUERIES = 5
 
 MASK_SIZE = 96
 """Pictures are enlarged for the mask model: its patches are 8 pixels wide, too coarse for 64."""
+
+MOSAIC = 3
+"""Scenes a side of a mosaic."""
+
+MOSAIC_THINGS = 2 * MOSAIC**2
+
+SCALES = 0.6, 1.4
+"""Of a part of a mosaic, to that of a scene."""
+
+CLEAR = 0.5
+"""The share of a thing that a part of a mosaic has to show for the thing to be asked for."""
 
 
 def build_model(clip: CLIPModel) -> CLIPSegForImageSegmentation:
@@ -115,6 +131,104 @@ def draw_queries(world: MiniWorld, index: int, rng: np.random.Generator) -> list
     return queries
 
 
+class Example(NamedTuple):
+    """A picture and what is asked about it.
+
+    Attributes:
+        image: (S, S, 3) uint8, S pixels a side.
+        labels: (S, S) uint8, 0 background, else the number of a thing.
+        nouns, colours: (MOSAIC_THINGS,), each thing's classes, -1 for things that there are not.
+        queries: QUERIES texts, each with what it marks: one number for the background and one for each thing, 1 what
+            is asked for, 0 what is not, and -1 what does not count; what is left out at the end is 0.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    nouns: np.ndarray
+    colours: np.ndarray
+    queries: list[tuple[str, tuple[int, ...]]]
+
+
+def draw_scene(world: MiniWorld, rng: np.random.Generator) -> Example:
+    """A scene as it is."""
+    index = rng.integers(len(world))
+    missing = np.full(MOSAIC_THINGS - 2, -1)
+    nouns, colours = (np.concatenate([field[index], missing]) for field in (world.nouns, world.colours))
+    return Example(world.images[index], world.labels[index], nouns, colours, draw_queries(world, index, rng))
+
+
+def as_mosaic(tiles: np.ndarray) -> np.ndarray:
+    """(MOSAIC ** 2, SIZE, SIZE, ...), row by row -> (MOSAIC * SIZE, MOSAIC * SIZE, ...)."""
+    rows = tiles.reshape(MOSAIC, MOSAIC, *tiles.shape[1:]).swapaxes(1, 2)
+    return rows.reshape(MOSAIC * SIZE, MOSAIC * SIZE, *tiles.shape[3:])
+
+
+def draw_part(world: MiniWorld, rng: np.random.Generator) -> Example:
+    """A square anywhere in a mosaic that shows a thing clearly."""
+    while True:
+        chosen = rng.integers(len(world), size=MOSAIC**2)
+        labels = world.labels[chosen]
+        labels = as_mosaic(np.where(labels > 0, labels + 2 * np.arange(MOSAIC**2, dtype=np.uint8)[:, None, None], 0))
+        side = round(SIZE / np.exp(rng.uniform(*np.log(SCALES))))
+        top, left = rng.integers(MOSAIC * SIZE - side + 1, size=2)
+        part = np.s_[top : top + side, left : left + side]
+        whole, shown = (np.bincount(each.ravel(), minlength=MOSAIC_THINGS + 1)[1:] for each in (labels, labels[part]))
+        shares = shown / np.maximum(whole, 1)
+        if shares.max() >= CLEAR:
+            break
+    nouns, colours = (field[chosen].flatten() for field in (world.nouns, world.colours))
+    queries = draw_part_queries(nouns, colours, np.repeat(world.scenes[chosen], 2), shares, rng)
+    return Example(as_mosaic(world.images[chosen])[part], labels[part], nouns, colours, queries)
+
+
+def draw_part_queries(
+    nouns: np.ndarray, colours: np.ndarray, scenes: np.ndarray, shares: np.ndarray, rng: np.random.Generator
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Two texts that name a thing in the picture and three that name nothing there, as in `Example.queries`.
+
+    Args:
+        nouns, colours, scenes: (MOSAIC_THINGS,), of each thing.
+        shares: (MOSAIC_THINGS,), how much of each thing the picture shows.
+    """
+    things = {
+        number: (NOUN_LIST[nouns[number]], COLOUR_LIST[colours[number]]) for number in np.flatnonzero(shares).tolist()
+    }
+    queries = []
+    for number in rng.choice(np.flatnonzero(shares >= CLEAR), 2).tolist():
+        noun, colour = things[number]
+        text = phrase(noun, colour, SCENE_LIST[scenes[number]], rng)
+        asked = [name for name in (noun, colour) if name in text.split()]
+        # Of what the border has cut down to a sliver nobody can say what it is.
+        marks = [0] * (MOSAIC_THINGS + 1)
+        for other, names in things.items():
+            if set(asked) <= set(names):
+                marks[other + 1] = 1 if shares[other] >= CLEAR else -1
+        queries.append((text, tuple(marks)))
+
+    # A thing that is there in a colour that it does not have, best that of another thing; two kinds that are not
+    # there, one in a colour that is. Sometimes a colour.
+    there, colours_there = {noun for noun, _ in things.values()}, {colour for _, colour in things.values()}
+    absent = [(noun, colour) for noun in NOUN_LIST for colour in COLOUR_LIST if (noun, colour) not in things.values()]
+    other_colour = [names for names in absent if names[0] in there]
+    other_noun = [names for names in absent if names[0] not in there] or absent
+    for preferred, pool in (
+        ([names for names in other_colour if names[1] in colours_there], other_colour),
+        ([names for names in other_noun if names[1] in colours_there], other_noun),
+        ([], other_noun),
+    ):
+        if preferred and (pool is other_noun or rng.random() < 0.5):
+            pool = preferred
+        noun, colour = pool[rng.integers(len(pool))]
+        named = caption([(noun, colour)], "").strip()
+        alone = 0.0 if noun in there else 0.2
+        text = rng.choice([noun, f"{colour} {noun}", named], p=[alone, 0.5 - alone / 2, 0.5 - alone / 2])
+        queries.append((str(text), ()))
+    others = [colour for colour in COLOUR_LIST if colour not in colours_there]
+    if others and rng.random() < 0.1:
+        queries[-1] = (str(rng.choice(others)), ())
+    return queries
+
+
 class PatchHead(torch.nn.Module):
     """Reads noun and colour of the thing under each patch off the image tower; it only speeds up training.
 
@@ -131,8 +245,8 @@ class PatchHead(torch.nn.Module):
 
         Args:
             patches: (B, n * n, width).
-            labels: (B, 64, 64), 0 background, 1 and 2 the things.
-            nouns, colours: (B, 2), the things' classes.
+            labels: (B, S, S), 0 background, else the number of a thing.
+            nouns, colours: (B, things), the things' classes.
         """
         side = math.isqrt(patches.shape[1])
         labels = F.interpolate(labels[:, None].float(), size=side, mode="nearest-exact").flatten(1).long()
@@ -143,9 +257,30 @@ class PatchHead(torch.nn.Module):
         return sum(losses)
 
 
-def to_pixel_values(images: np.ndarray) -> torch.Tensor:
-    """uint8 (N, 64, 64, 3) -> (N, 3, MASK_SIZE, MASK_SIZE) in [-1, 1], as the image processor does."""
-    return F.interpolate(to_tensor(images), size=MASK_SIZE, mode="bilinear")
+def to_pixel_values(examples: list[Example]) -> torch.Tensor:
+    """(N, 3, MASK_SIZE, MASK_SIZE) in [-1, 1], as the image processor makes them."""
+    return torch.cat(
+        [
+            F.interpolate(to_tensor(example.image[None]), size=MASK_SIZE, mode="bilinear", antialias=True)
+            for example in examples
+        ]
+    )
+
+
+def to_labels(examples: list[Example]) -> torch.Tensor:
+    """(N, MASK_SIZE, MASK_SIZE) int64."""
+    centres = (np.arange(MASK_SIZE) + 0.5) / MASK_SIZE
+    labels = []
+    for example in examples:
+        nearest = (centres * len(example.labels)).astype(int)
+        labels.append(example.labels[np.ix_(nearest, nearest)])
+    return torch.from_numpy(np.stack(labels)).long()
+
+
+def to_marks(examples: list[Example]) -> torch.Tensor:
+    """(N * QUERIES, 1 + MOSAIC_THINGS) int64."""
+    rows = [marks + (0,) * (1 + MOSAIC_THINGS - len(marks)) for example in examples for _, marks in example.queries]
+    return torch.tensor(rows)
 
 
 def predict(model: CLIPSegForImageSegmentation, pixel_values: torch.Tensor, text_embeds: torch.Tensor):
@@ -192,7 +327,7 @@ def measure(model: CLIPSegForImageSegmentation, processor: CLIPSegProcessor, sce
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_run_arguments(parser, steps=1_400, batch_size=16, learning_rate=8e-4, precision="bf16")
+    add_run_arguments(parser, steps=6_000, batch_size=32, learning_rate=8e-4, precision="bf16")
     parser.add_argument("--clip", type=Path, help="folder of the mini CLIP; by default what train_clip.py left behind")
     args = parser.parse_args()
 
@@ -211,27 +346,34 @@ def main() -> None:
     one, two = ([render(seed, things=things) for seed in range(96)] for things in (1, 2))
 
     for step, rng in run.steps():
-        chosen = np.sort(rng.choice(len(world), args.batch_size, replace=False))
-        queries = [draw_queries(world, index, rng) for index in chosen]
-        texts, marks = zip(*(query for picture in queries for query in picture), strict=True)
-        inputs = tokenizer(list(texts), padding=True, return_tensors="pt").to(run.device)
-        labels = torch.from_numpy(world.labels[chosen]).long()
-        asked = labels.repeat_interleave(QUERIES, dim=0)
-        target = torch.tensor(marks, dtype=torch.float32).gather(1, asked.flatten(1)).view_as(asked).to(run.device)
-        target = F.interpolate(target[:, None], size=MASK_SIZE)[:, 0]
+        parts = args.batch_size // 2
+        examples = [draw_part(world, rng) for _ in range(parts)]
+        examples += [draw_scene(world, rng) for _ in range(args.batch_size - parts)]
+        texts = [text for example in examples for text, _ in example.queries]
+        inputs = tokenizer(texts, padding=True, return_tensors="pt").to(run.device)
+        pixel_values, labels, marks = (
+            convert(examples).to(run.device) for convert in (to_pixel_values, to_labels, to_marks)
+        )
+        nouns, colours = (
+            torch.from_numpy(np.stack([getattr(example, field) for example in examples])).long().to(run.device)
+            for field in ("nouns", "colours")
+        )
+        target = marks.gather(1, labels.flatten(1).repeat_interleave(QUERIES, dim=0)).unflatten(1, labels.shape[1:])
+        counts, target = (target >= 0).float(), (target > 0).float()
 
         with run.accelerator.autocast():
             text_embeds = model.clip.get_text_features(**inputs).pooler_output.unflatten(0, (args.batch_size, QUERIES))
-            logits, patches = predict(model, to_pixel_values(world.images[chosen]).to(run.device), text_embeds)
+            logits, patches = predict(model, pixel_values, text_embeds)
             logits = logits.float()
-            nouns, colours = (torch.from_numpy(field[chosen]).long() for field in (world.nouns, world.colours))
-            patch_loss = head(patches, *(tensor.to(run.device) for tensor in (labels, nouns, colours)))
+            patch_loss = head(patches, labels, nouns, colours)
         # Cross-entropy for every pixel; Dice for the overlap, which small things would else hardly count in.
-        probability = logits.sigmoid()
+        probability = logits.sigmoid() * counts
         overlap = 2 * (probability * target).sum((1, 2)) / (probability.sum((1, 2)) + target.sum((1, 2)))
         named = target.amax((1, 2)) > 0
         loss = (
-            F.binary_cross_entropy_with_logits(logits, target) + 0.2 * (1 - overlap)[named].mean() + 0.2 * patch_loss
+            F.binary_cross_entropy_with_logits(logits, target, weight=counts)
+            + 0.2 * (1 - overlap)[named].mean()
+            + 0.2 * patch_loss
         )
         run.update(loss)
         if (step + 1) % args.report_steps == 0:

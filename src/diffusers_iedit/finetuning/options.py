@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--model",
         default="CompVis/stable-diffusion-v1-4",
-        help="the base, a Stable Diffusion 1.x or 2.x: a Hub id, a folder, or mini",
+        help="the base, a Stable Diffusion 1.x or 2.x: a Hub id, a folder, mini, or mini-base",
     )
     group.add_argument(
         "--clip_model", help="CLIP of the losses loc and global; openai/clip-vit-large-patch14, for mini the mini one"

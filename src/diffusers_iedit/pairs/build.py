@@ -32,14 +32,13 @@ from .jobs import (
     RetrieveJob,
     WriteJob,
 )
+from .options import STAGES
 from .read import Collection as CollectionOptions
 from .read import first_occurrences
 from .retrieve import EXACT_LIMIT, Embeddings, assign_targets, build_index
 from .shards import Marker, lock_folder, read_marker, read_table, replacing, write_marker
 from .write import dataset_card, picture_sheet
 
-
-STAGES = ("read", "caption", "edit", "embed", "retrieve", "mask", "write")
 
 ROWS_PER_FILE = 1000
 

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 
 import torch
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from .models import ModelStage, decode, load, place
+from .options import CaptionOptions
 
 
 # BLIP-large writes words that are none ("arafed woman in a red dress", "araffe"), but Arafat is a name.
 _NO_WORDS = re.compile(r"\baraf(?!at)[a-z]*\b", re.IGNORECASE)
-
-
-@dataclass
-class CaptionOptions:
-    """Stage 2, caption: what describes the source images."""
-
-    caption_model: str = field(
-        default="Salesforce/blip-image-captioning-large", metadata={"help": "BLIP: Hub id, folder or mini"}
-    )
-    max_new_tokens: int = field(default=40, metadata={"help": "longest caption, in tokens"})
-    num_beams: int = field(default=1, metadata={"help": "beams of the caption search; 1 is greedy"})
-
-    def __post_init__(self):
-        for name in ("max_new_tokens", "num_beams"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` has to be at least 1, but is {getattr(self, name)}.")
 
 
 class CaptionImages(ModelStage):

@@ -23,6 +23,8 @@ from nltk.corpus import wordnet
 from nltk.corpus.reader.wordnet import Synset
 from nltk.tag import PerceptronTagger
 
+from .options import EditOptions
+
 
 logger = logging.getLogger(__name__)
 
@@ -98,63 +100,6 @@ class Edit:
     prompt: str
     source_term: str
     target_term: str
-
-
-@dataclass(frozen=True)
-class EditOptions:
-    """Which changes are made. Every filter is here; the defaults suit captions of photographs.
-
-    Args:
-        nouns (`bool`): Change nouns, to co-hyponyms.
-        adjectives (`bool`): Change adjectives: colours to other colours, others to their antonyms.
-        adjective_share (`float`): Chance, 0 to 1, that a caption which offers both gets its adjective changed.
-            Captions hold more nouns than adjectives, so that a choice among all words would seldom change a colour.
-        people (`bool`): Change people ("man" -> "woman", "chef" -> "waiter"), where no "his" or "her" depends on them.
-            Only the people of the package's list are ever changed or chosen.
-        natural_colours (`bool`): Animals, food and plants get only colours they have: a pool has no purple dogs.
-        vocabulary (`frozenset[str]`, *optional*): The nouns (in the singular) and adjectives that the pool can show.
-            What is changed, what it becomes and what a changed adjective describes then all come from these words, and
-            `common_words` and `natural_colours` do not apply.
-        keep (`frozenset[str]`): Words, in the singular, that stay, and whose adjectives stay too.
-        common_words (`bool`): Take nouns only from the package's list of everyday visible things, and change only what
-            is on it or of a kind that is ("labrador"); the list also says which things can stand in each other's
-            places. Without it any noun of WordNet that `min_count` lets through will do: more variety and many odd
-            edits ("a hat on a bell"), fewer of them with `max_hypernym_levels=1`.
-        min_count (`int`): How often SemCor must use a noun in its sense, where `common_words` is off: rare words name
-            what a pool seldom has.
-        max_senses (`int`): How many of a word's senses, the most frequent first, are looked at for an antonym or for a
-            visible thing: later ones are rarely what a caption means.
-        max_hypernym_levels (`int`): How many levels up co-hyponyms are looked for. The default stays close to the
-            thing; a small vocabulary needs more (8 reaches from a cat to a bird and from a cup to a hat).
-        min_choices (`int`): Go one level up, within the limit, while there are fewer co-hyponyms than this.
-        max_length (`int`): Longest caption in characters. What is longer is no caption.
-    """
-
-    nouns: bool = True
-    adjectives: bool = True
-    adjective_share: float = 0.5
-    people: bool = True
-    natural_colours: bool = True
-    vocabulary: frozenset[str] | None = None
-    keep: frozenset[str] = frozenset()
-    common_words: bool = True
-    min_count: int = 5
-    max_senses: int = 2
-    max_hypernym_levels: int = 5
-    min_choices: int = 5
-    max_length: int = 1000
-
-    def __post_init__(self):
-        if not (self.nouns or self.adjectives):
-            raise ValueError("`nouns` or `adjectives` must be true, or there is nothing to change.")
-        if not 0 <= self.adjective_share <= 1:
-            raise ValueError(f"`adjective_share` must be a chance from 0 to 1, got {self.adjective_share}.")
-        for name in ("max_senses", "max_hypernym_levels", "min_choices", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
-        for name, value in (("vocabulary", self.vocabulary or frozenset()), ("keep", self.keep)):
-            if not isinstance(value, frozenset):
-                raise ValueError(f"`{name}` must be a frozenset of words, got {type(value).__name__}.")
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import BatchEncoding, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from .models import ModelStage, decode, load, place
-
-
-@dataclass
-class EmbedOptions:
-    """Stage 4, embed: what the images and the edit prompts are compared by."""
-
-    clip_model: str = field(default="openai/clip-vit-large-patch14", metadata={"help": "CLIP: Hub id, folder or mini"})
+from .options import EmbedOptions
 
 
 def _unit(embeds: torch.Tensor) -> np.ndarray:

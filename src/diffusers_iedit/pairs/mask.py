@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,43 +12,11 @@ from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
 from ..masking_iedit import clean_term
 from .models import ModelStage, decode, load, place
+from .options import MaskOptions
 
 
 GRID = 64
 """Masks are compared on a square grid of this side, as training squares the images."""
-
-
-@dataclass
-class MaskOptions:
-    """Stage 6, mask: where a pair differs, and which pairs are kept."""
-
-    mask_model: str = field(default="CIDAS/clipseg-rd64-refined", metadata={"help": "CLIPSeg: Hub id, folder or mini"})
-    mask_threshold: float = field(default=0.5, metadata={"help": "probability above which a pixel belongs to a mask"})
-    min_mask_area: float = field(
-        default=0.005, metadata={"help": "drop pairs with a mask below this share of its image: nothing was found"}
-    )
-    max_mask_area: float = field(
-        default=0.9, metadata={"help": "drop pairs with a mask above this share of its image: nothing is left to keep"}
-    )
-    rerank_by_mask: bool = field(
-        default=False,
-        metadata={"help": "of the nearest neighbours take the one whose mask overlaps the source's best"},
-    )
-    min_mask_iou: float = field(
-        default=0.0,
-        metadata={"help": "drop pairs whose masks overlap less (IoU): the loss with masks harms on such pairs"},
-    )
-
-    def __post_init__(self):
-        if not 0 <= self.mask_threshold < 1:
-            raise ValueError(f"`mask_threshold` has to be a probability in [0, 1), but is {self.mask_threshold}.")
-        if not 0 <= self.min_mask_area < self.max_mask_area <= 1:
-            raise ValueError(
-                "`min_mask_area` and `max_mask_area` have to be shares with 0 <= min < max <= 1, but are"
-                f" {self.min_mask_area} and {self.max_mask_area}."
-            )
-        if not 0 <= self.min_mask_iou <= 1:
-            raise ValueError(f"`min_mask_iou` has to lie in [0, 1], but is {self.min_mask_iou}.")
 
 
 class SegmentTerms(ModelStage):

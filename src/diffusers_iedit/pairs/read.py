@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -24,72 +24,12 @@ from PIL import ExifTags, Image, ImageOps
 
 from ..images import FORMATS
 from .files import check_tables, read_file, set_roots
+from .options import ReadOptions
 
 
 FILE_TYPES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 
 SCHEMA = pa.schema({"image": pa.large_binary(), "caption": pa.string(), "hash": pa.uint64()})
-
-
-@dataclass
-class ReadOptions:
-    """Stage 1, read: which images, and which of them are fit to use."""
-
-    source: str = field(metadata={"help": "the source images: Hub id, folder, or parquet, arrow or tar file"})
-    source_split: str = field(default="train", metadata={"help": "split of the source"})
-    source_files: list[str] | None = field(
-        default=None, metadata={"help": "only these files of the source, as patterns: cc3m-train-000*.tar"}
-    )
-    source_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub id"})
-    image_column: str = field(default="image", metadata={"help": "column of the images (webdataset: jpg)"})
-    caption_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "keep the captions of this column instead of writing new ones: the LAION captions of Table 2"
-        },
-    )
-    pool: str | None = field(
-        default=None, metadata={"help": "where to look for the pseudo-targets; by default the source itself"}
-    )
-    pool_split: str = field(default="train", metadata={"help": "split of the pool"})
-    pool_files: list[str] | None = field(default=None, metadata={"help": "only these files of the pool"})
-    pool_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub id"})
-    pool_image_column: str | None = field(
-        default=None, metadata={"help": "column of the pool's images; by default --image_column"}
-    )
-    min_size: int = field(default=64, metadata={"help": "leave out images whose shorter side has fewer pixels"})
-    max_size: int = field(
-        default=768,
-        metadata={"help": "scale images down whose shorter side has more pixels; 384 is what iEdit trains at"},
-    )
-    shard_size: int = field(default=1000, metadata={"help": "images a shard: what a stopped build may have to repeat"})
-
-    def __post_init__(self):
-        for name in ("min_size", "max_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` has to be at least 1, but is {getattr(self, name)}.")
-        if self.max_size < self.min_size:
-            raise ValueError(f"`max_size` ({self.max_size}) has to be at least `min_size` ({self.min_size}).")
-
-    def collections(self) -> dict[str, Collection]:
-        """The source, and the pool if it is another collection."""
-        found = {
-            "source": Collection(
-                self.source,
-                self.source_split,
-                self.source_files,
-                self.source_revision,
-                self.image_column,
-                self.caption_column,
-                "source",
-            )
-        }
-        if self.pool is not None:
-            image_column = self.pool_image_column or self.image_column
-            found["pool"] = Collection(
-                self.pool, self.pool_split, self.pool_files, self.pool_revision, image_column, None, "pool"
-            )
-        return found
 
 
 @dataclass(frozen=True)

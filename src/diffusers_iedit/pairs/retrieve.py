@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 
+from .options import RetrieveOptions
 from .shards import replacing
 
 
@@ -46,41 +46,6 @@ def _unit(vectors, name: str) -> np.ndarray:
             f"`{name}` must be finite and not zero, but row {faulty[0]} has the length {lengths[faulty[0]]}."
         )
     return (vectors / lengths[:, None]).astype(np.float32)
-
-
-@dataclass
-class RetrieveOptions:
-    """Stage 5, retrieve: which image of the pool becomes the pseudo-target."""
-
-    text_weight: float = field(
-        default=0.5,
-        metadata={
-            "help": "share of the prompt in the query: 0.5 is the paper's mean, recommend_text_weight.py finds better"
-        },
-    )
-    num_candidates: int = field(
-        default=10,
-        metadata={"help": "nearest neighbours that an edit may choose from, when some are used up or masks decide"},
-    )
-    min_similarity: float | None = field(
-        default=None, metadata={"help": "drop neighbours whose cosine with the query is smaller"}
-    )
-    max_source_similarity: float | None = field(
-        default=0.97, metadata={"help": "drop neighbours whose cosine with the source is larger: copies of it"}
-    )
-    max_target_uses: int | None = field(
-        default=None, metadata={"help": "how many edits may have the same target; any number by default"}
-    )
-
-    def __post_init__(self):
-        if not 0 <= self.text_weight <= 1:
-            raise ValueError(f"`text_weight` must lie in [0, 1], got {self.text_weight}.")
-        for name in ("num_candidates", "max_target_uses"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("min_similarity", "max_source_similarity"):
-            if getattr(self, name) is not None and not -1 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must lie in [-1, 1], got {getattr(self, name)}.")
 
 
 class Embeddings:

@@ -51,9 +51,11 @@ def _column_faults(features: Features | None, where: str) -> list[str]:
     if features is None:
         return [f"{where}: the columns are not known; a data set with a schema (parquet, arrow, a Hub id) is needed."]
     faults = []
+    if missing := [f"`{name}`" for name in FEATURES if name not in features]:
+        columns = f"column {missing[0]} is" if len(missing) == 1 else f"columns {', '.join(missing)} are"
+        faults.append(f"{where}: {columns} missing; there are {', '.join(features)}.")
     for name, expected in FEATURES.items():
         if name not in features:
-            faults.append(f"{where}: column `{name}` is missing; there are {', '.join(features)}.")
             continue
         found = features[name]
         if isinstance(expected, Image):
@@ -307,5 +309,5 @@ def load_pairs(
     if not faults and not streaming:
         faults = list(_paths_elsewhere(pairs, str(source)))
     if faults:
-        raise ValueError("This is no set of iEdit pairs:\n" + "\n".join(faults))
+        raise ValueError("This is no set of iEdit pairs:" + ("\n" if len(faults) > 1 else " ") + "\n".join(faults))
     return pairs.select_columns(list(FEATURES))
