@@ -77,8 +77,7 @@ class _MaskFinder(MaskFinderMixin):
         self.mask_model, self.mask_processor = components.mask_model, components.mask_model_processor
         self._device = components._execution_device
 
-    @property
-    def _finding_device(self) -> torch.device:
+    def _device_of(self, model) -> torch.device:
         return self._device
 
 
