@@ -84,7 +84,7 @@ def arguments(pairs: Path, base: str | Path, output_dir: Path, *others) -> list[
 
 
 @contextmanager
-def _as_before():
+def process_as_before():
     """On the CPU and in one thread; afterwards, what a training changes in its process is as it was."""
     libraries = (datasets.utils.logging, diffusers_logging, transformers_logging)
     verbosities = [library.get_verbosity() for library in libraries]
@@ -113,13 +113,13 @@ def _as_before():
 
 def train(argv: list[str]) -> None:
     """train_iedit.py in this process."""
-    with _as_before():
+    with process_as_before():
         train_iedit.main(train_iedit.parse_args(argv))
 
 
 def command(argv: list[str]) -> None:
     """train_iedit.py in this process, as a command: an error comes as SystemExit."""
-    with _as_before(), mock.patch.object(sys, "argv", [str(SCRIPT), *argv]):
+    with process_as_before(), mock.patch.object(sys, "argv", [str(SCRIPT), *argv]):
         runpy.run_path(str(SCRIPT), run_name="__main__")
 
 

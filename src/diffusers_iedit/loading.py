@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-SHIPPED_PIPELINES = {"mini": {}, "mini-base": {"unet": mini.base_unet_path()}}
+# The pipelines that the package ships: folder, and the components that lie elsewhere.
+SHIPPED_PIPELINES: dict[str, tuple[Path, dict[str, Path]]] = {
+    "mini": (mini.model_path(), {}),
+    "mini-base": (mini.model_path(), {"unet": mini.base_unet_path()}),
+    "mini-sd3": (mini.model_path("sd3"), {}),
+}
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -102,7 +107,7 @@ def find(name: str | Path, argument: str, shipped: Iterable[str]) -> Path | None
 
 
 def find_pipeline(name: str | Path, argument: str) -> Path | None:
-    """As `find`, for the folder of a diffusers pipeline; the package ships `mini` and `mini-base`."""
+    """As `find`, for the folder of a diffusers pipeline; the package ships `mini`, `mini-base` and `mini-sd3`."""
     folder = find(name, argument, SHIPPED_PIPELINES)
     if folder is not None and not (folder / "model_index.json").is_file():
         raise ValueError(
@@ -315,7 +320,8 @@ def load_pipeline(
 
     Args:
         cls (`type`): The pipeline's class, or [`DiffusionPipeline`] for that which the folder names.
-        name (`str` or `Path`): A Hub id, a folder, `mini`, or `mini-base`, from which `mini` was fine-tuned.
+        name (`str` or `Path`): A Hub id, a folder, `mini`, `mini-base`, from which `mini` was fine-tuned, or
+            `mini-sd3`, a `StableDiffusion3Img2ImgPipeline`.
         argument (`str`): As for `usable`.
         kind (`str`, *optional*): What was expected, in the user's words; by default the class's name.
         dtype (`torch.dtype`, *optional*): Of the models.
@@ -329,8 +335,8 @@ def load_pipeline(
     import diffusers
     import torch
 
-    elsewhere = SHIPPED_PIPELINES.get(str(name), {})
-    folder = mini.model_path() if name in SHIPPED_PIPELINES else find_pipeline(name, argument)
+    folder, elsewhere = SHIPPED_PIPELINES.get(str(name), (None, {}))
+    folder = folder or find_pipeline(name, argument)
     if folder is None:
 
         def download(name: str, **options) -> str | Path:

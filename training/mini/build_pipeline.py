@@ -1,4 +1,4 @@
-"""Puts the trained parts together: the pipeline's folder and, beside it, the parts that are none of its components."""
+"""Puts the trained parts together: the pipelines' folders and, beside them, what is no component of a pipeline."""
 
 import argparse
 import json
@@ -8,7 +8,15 @@ from pathlib import Path
 
 import torch
 from common import declare_fp32
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Img2ImgPipeline,
+    UNet2DConditionModel,
+)
+from train_sd3 import frozen_components
 from transformers import (
     BlipForConditionalGeneration,
     BlipProcessor,
@@ -22,7 +30,7 @@ from diffusers_iedit import IEditPipeline, mini
 from diffusers_iedit.finetuning.outputs import apply_umask
 
 
-MAX_FILE, MAX_TOTAL = 16 * 10**6, 64 * 10**6
+MAX_FILE, MAX_TOTAL = 16 * 10**6, 72 * 10**6
 
 PARTS = {
     "vae": "model/vae",
@@ -34,6 +42,7 @@ PARTS = {
     "finetuned": "model/unet",
     "vgg": "vgg",
     "tiny_vae": "tiny_vae",
+    "sd3": "sd3/transformer",
 }
 """Part -> where it lies, or most of it, among the finished models."""
 
@@ -70,6 +79,10 @@ def main() -> None:
         caption_processor=BlipProcessor.from_pretrained(source["captioner"]),
         requires_safety_checker=False,
     )
+    sd3 = StableDiffusion3Img2ImgPipeline(
+        **frozen_components(source["vae"], source["clip"], torch.float16),
+        transformer=SD3Transformer2DModel.from_pretrained(source["sd3"], **diffusers_half),
+    )
 
     # The new models are whole, and small enough, before the old ones go.
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -79,11 +92,14 @@ def main() -> None:
         DiffusionPipeline.save_pretrained(pipe, new / "model")
         for name in ("text_encoder", "mask_model", "captioner"):
             declare_fp32(new / "model" / name)
+        sd3.save_pretrained(new / "sd3")
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            declare_fp32(new / "sd3" / name)
         # With their processors, these two folders load alone, as repositories of the Hub do.
         pipe.mask_processor.save_pretrained(new / "model" / "mask_model")
         pipe.caption_processor.save_pretrained(new / "model" / "captioner")
         for name, folder in PARTS.items():
-            if not folder.startswith("model/"):
+            if not folder.startswith(("model/", "sd3/")):
                 shutil.copytree(source[name], new / folder)
 
         apply_umask(new)

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
 from transformers import PreTrainedModel
 
 from diffusers_iedit.finetuning.outputs import apply_umask
-from diffusers_iedit.mini import COLOURS, NOUNS, SCENES, Scene, render
+from diffusers_iedit.mini import COLOURS, NOUNS, SCENES, Scene, caption, render
 
 
 FIRST_TRAINING_SEED = 1_000_000
@@ -76,6 +77,16 @@ def load_world(work_dir: Path, size: int) -> MiniWorld:
     return MiniWorld(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names})
 
 
+def world_captions(world: MiniWorld) -> list[str]:
+    """The caption of each scene."""
+    return [
+        caption(
+            [(NOUN_LIST[n], COLOUR_LIST[c]) for n, c in zip(nouns, colours, strict=True) if n >= 0], SCENE_LIST[scene]
+        )
+        for nouns, colours, scene in zip(world.nouns, world.colours, world.scenes, strict=True)
+    ]
+
+
 def to_tensor(images: np.ndarray) -> torch.Tensor:
     """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32)).div(127.5).sub(1)
@@ -111,6 +122,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision)
         self.device = self.accelerator.device
+        self.ema = None
         set_seed(args.seed)
 
     def prepare(self, model: torch.nn.Module, extra: list[torch.nn.Module] = ()) -> torch.nn.Module:
@@ -128,11 +140,19 @@ class Run:
         self.parameters = parameters
         return self.accelerator.prepare(model)
 
+    def average(self, model: torch.nn.Module) -> EMAModel:
+        """The moving average of a prepared model's weights, which checkpoints keep."""
+        self.ema = EMAModel(model.parameters(), decay=0.999, foreach=True)
+        self.accelerator.register_for_checkpointing(self.ema)
+        return self.ema
+
     def steps(self):
         """Yields the remaining (step, numpy generator of this step), and saves checkpoints in between."""
         args, first = self.args, 0
         if checkpoints := sorted(self.folder.glob("checkpoint-*")):
             self.accelerator.load_state(checkpoints[-1])
+            if self.ema is not None:
+                self.ema.to(self.device)  # it comes back on the CPU
             first = int(checkpoints[-1].name.removeprefix("checkpoint-"))
         saved = started = time.monotonic()
         for step in range(first, args.steps):

@@ -8,8 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from common import to_tensor
-from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderTiny,
+    DiffusionPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
+from PIL import Image
 from train_captioner import measure as measure_captions
 from train_clip import embed_images, embed_texts
 from train_clipseg import measure as measure_masks
@@ -18,7 +26,7 @@ from train_vae import decibels
 from train_vgg import to_images
 from transformers import CLIPModel, CLIPTokenizer
 
-from diffusers_iedit import IEditPipeline, mini
+from diffusers_iedit import IEditMaskedScheduler, IEditPipeline, mini
 from diffusers_iedit.losses import VGG16Features, noise_latents, perceptual_loss, predict_latents
 from diffusers_iedit.mini import COLOURS, NOUNS, Scene
 from diffusers_iedit.mini.judging import Judge
@@ -38,6 +46,8 @@ PARTS = (
     "text_to_image",
     "edit",
     "edit_found_mask",
+    "sd3_text_to_image",
+    "sd3_edit",
 )
 
 
@@ -56,7 +66,7 @@ class Result:
         kept = ""
         if self.bar is not None:
             kept = "ok" if (self.value <= self.bar if self.at_most else self.value >= self.bar) else "MISSED"
-        return f"{self.part:16} {self.what:66} {self.value:8.4f}  {bar:8} {kept}"
+        return f"{self.part:17} {self.what:66} {self.value:8.4f}  {bar:8} {kept}"
 
 
 def scenes(count: int, things: int | None = None, split: str | None = None) -> list[Scene]:
@@ -182,12 +192,18 @@ def measure_tiny_vae(pipe: IEditPipeline, folder: Path, count: int) -> list[Resu
     return results
 
 
-def measure_text_to_image(pipe: IEditPipeline, judge: Judge, count: int, guidance: float) -> list[Result]:
-    """Samples for one-thing captions are judged as a whole, for two things by halves."""
+def stable_diffusion(pipe: IEditPipeline) -> StableDiffusionPipeline:
+    """The stock text-to-image pipeline with the same models."""
     components = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
-    text_to_image = StableDiffusionPipeline(
+    return StableDiffusionPipeline(
         **components, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
+
+
+def measure_text_to_image(
+    text_to_image: DiffusionPipeline, judge: Judge, count: int, part: str, guidance: float, bars: dict[str, float]
+) -> list[Result]:
+    """Samples for one thing are judged as a whole, for two by halves; the keys of `bars` are "one" and "two"."""
     text_to_image.set_progress_bar_config(disable=True)
     results = []
     for name, group in groups(count).items():
@@ -203,10 +219,8 @@ def measure_text_to_image(pipe: IEditPipeline, judge: Judge, count: int, guidanc
             seen = [whole[number]] if len(scene.things) == 1 else [half[number] for half in halves]
             asked = [(thing.noun, thing.colour) for thing in scene.things]
             right.append([(v.noun, v.colour) for v in seen] == asked and whole[number].scene == scene.scene)
-        bar = 0.85 if name.startswith("one") else None
-        results.append(
-            Result("text_to_image", f"all right, guidance {guidance:g}, {name}", float(np.mean(right)), bar)
-        )
+        bar = bars.get(name.split()[0])
+        results.append(Result(part, f"all right, guidance {guidance:g}, {name}", float(np.mean(right)), bar))
     return results
 
 
@@ -256,6 +270,54 @@ def measure_edits(pipe: IEditPipeline, judge: Judge, count: int, part: str, **se
     return results
 
 
+@torch.no_grad()
+def measure_sd3_edits(pipe: StableDiffusion3Img2ImgPipeline, judge: Judge, count: int) -> list[Result]:
+    """Edits with the stock pipeline and a masked scheduler, the picture outside of the true mask set back afterwards.
+
+    The latents outside the mask have to be the source's already before that.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    scheduler, config = pipe.scheduler, pipe.vae.config
+    results = []
+    for name, group in groups(count).items():
+        targets = [ask_for_edit(scene, number) for number, scene in enumerate(group)]
+        right, in_latents, in_pixels = [], 0.0, 0
+        for start in range(0, count, 32):
+            sources, wanted = group[start : start + 32], targets[start : start + 32]
+            masks = [scene.mask for scene in sources]
+            images = to_tensor(np.stack([np.asarray(scene.image) for scene in sources]))
+            source = (pipe.vae.encode(images).latent_dist.mode() - config.shift_factor) * config.scaling_factor
+            pipe.scheduler = IEditMaskedScheduler.wrap(scheduler, masks)
+            latents = pipe(
+                prompt=[scene.caption for scene in wanted],
+                image=source,
+                strength=0.7,
+                guidance_scale=3.0,
+                num_inference_steps=28,
+                generator=[torch.Generator().manual_seed(start + number) for number in range(len(sources))],
+                output_type="latent",
+            ).images
+            outside = F.adaptive_max_pool2d(pipe.scheduler.mask, latents.shape[-2:]) == 0
+            in_latents = max(in_latents, ((latents - source) * outside).abs().max().item())
+
+            decoded = pipe.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
+            edited = [
+                Image.composite(image, scene.image, scene.mask)
+                for image, scene in zip(pipe.image_processor.postprocess(decoded), sources, strict=True)
+            ]
+            for scene, target, image, verdict in zip(sources, wanted, edited, judge.look(edited, masks), strict=True):
+                right.append((verdict.noun, verdict.colour) == (target.thing.noun, target.thing.colour))
+                change = np.abs(np.asarray(image).astype(int) - np.asarray(scene.image).astype(int))
+                in_pixels = max(in_pixels, change[np.asarray(scene.mask) == 0].max())
+        results.append(Result("sd3_edit", f"success, {name}", float(np.mean(right)), 0.95))
+        results.append(Result("sd3_edit", f"  of swaps of the thing, {name}", float(np.mean(right[::2]))))
+        results.append(Result("sd3_edit", f"  of swaps of the colour, {name}", float(np.mean(right[1::2]))))
+        for what, change in (("latents", in_latents), ("pixels", in_pixels)):
+            results.append(Result("sd3_edit", f"  change outside, {what}, {name}", float(change), 0, at_most=True))
+    pipe.scheduler = scheduler
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=mini.model_path(), help="the pipeline's folder")
@@ -263,12 +325,13 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, default=mini.judge_path())
     parser.add_argument("--vgg", type=Path, default=mini.vgg_path())
     parser.add_argument("--tiny_vae", type=Path, default=mini.tiny_vae_path())
+    parser.add_argument("--sd3", type=Path, default=mini.model_path("sd3"), help="folder of the SD3 pipeline")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--scenes", type=int, default=64, help="scenes in each group")
     parser.add_argument("--text_guidance", type=float, default=3.0, help="guidance of text-to-image")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    edit = parser.add_argument_group("settings of the edits", "by default those of IEditPipeline")
+    edit = parser.add_argument_group("settings of IEditPipeline's edits", "by default those of IEditPipeline")
     edit.add_argument("--strength", type=float)
     edit.add_argument("--guidance_scale", type=float)
     edit.add_argument("--num_inference_steps", "--steps", type=int)
@@ -277,6 +340,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     pipe = IEditPipeline.from_pretrained(args.model)
+    sd3 = StableDiffusion3Img2ImgPipeline.from_pretrained(args.sd3)
     judge = Judge.from_pretrained(args.judge)
     names = ("strength", "guidance_scale", "num_inference_steps", "mask_dilation")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -288,15 +352,26 @@ def main() -> None:
         "captioner": lambda: measure_captioner(pipe, args.scenes),
         "vgg": lambda: measure_vgg(args.vgg, args.scenes),
         "tiny_vae": lambda: measure_tiny_vae(pipe, args.tiny_vae, args.scenes),
-        "text_to_image": lambda: measure_text_to_image(pipe, judge, args.scenes, args.text_guidance),
+        "text_to_image": lambda: measure_text_to_image(
+            stable_diffusion(pipe), judge, args.scenes, "text_to_image", args.text_guidance, {"one": 0.85}
+        ),
         "edit": lambda: measure_edits(pipe, judge, args.scenes, "edit", **settings),
         "edit_found_mask": lambda: measure_edits(pipe, judge, args.scenes, "edit_found_mask", **settings),
+        "sd3_text_to_image": lambda: measure_text_to_image(
+            StableDiffusion3Pipeline(**sd3.components),
+            judge,
+            args.scenes,
+            "sd3_text_to_image",
+            args.text_guidance,
+            {"one": 0.95, "two": 0.95},
+        ),
+        "sd3_edit": lambda: measure_sd3_edits(sd3, judge, args.scenes),
     }
     results = []
     for part in args.parts:
         started = time.monotonic()
         results += (measured := run[part]())
-        print(*measured, f"{part:16} took {time.monotonic() - started:.0f} s", sep="\n", flush=True)
+        print(*measured, f"{part:17} took {time.monotonic() - started:.0f} s", sep="\n", flush=True)
     if args.json:
         args.json.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""Trains every mini model in order, builds the pipeline folder and measures it. Finished parts are skipped.
+"""Trains every mini model in order, builds the pipelines' folders and measures them. Finished parts are skipped.
 
 Run it again after an interruption: each part goes on from its last checkpoint.
 """
@@ -20,6 +20,7 @@ PARTS = {
     "unet": "unet/unet",
     "vgg": "vgg/vgg",
     "tiny_vae": "tiny_vae/tiny_vae",
+    "sd3": "sd3/sd3",
 }
 """Script -> the folder, in the work folder, that it leaves behind when it is done."""
 
@@ -54,7 +55,7 @@ def main() -> None:
         run("build_pipeline.py", "--work_dir", args.work_dir, *output)
         models = []
         if args.output_dir:
-            names = ("model", "clip", "judge", "vgg", "tiny_vae")
+            names = ("model", "clip", "judge", "vgg", "tiny_vae", "sd3")
             models = [word for name in names for word in (f"--{name}", args.output_dir / name)]
         run("measure.py", *models, "--json", args.work_dir / "measured.json", "--threads", args.threads)
 

@@ -5,24 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import (
-    COLOUR_LIST,
-    NOUN_LIST,
-    SCENE_LIST,
-    MiniWorld,
-    Run,
-    add_run_arguments,
-    load_world,
-    save_half,
-    to_tensor,
-)
+from common import MiniWorld, Run, add_run_arguments, load_world, save_half, to_tensor, world_captions
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import compute_snr
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffusers_iedit.mini import caption, captions
+from diffusers_iedit.mini import captions
 from diffusers_iedit.mini.judging import Judge
 
 
@@ -73,6 +63,23 @@ def sample(unet, vae, states, empty, guidance: float, steps: int, seed: int) -> 
     return [Image.fromarray(image) for image in pixels]
 
 
+def judge_samples(judge: Judge, images: list[Image.Image], texts: list[str]) -> dict[str, float]:
+    """Shares of samples for captions of one thing that show the thing, it in its colour, and the scene."""
+    right = [
+        [verdict.noun in text, f"{verdict.colour} {verdict.noun}" in text, verdict.scene in text]
+        for verdict, text in zip(judge.look(images), texts, strict=True)
+    ]
+    return dict(zip(("thing", "coloured_thing", "scene"), np.mean(right, axis=0), strict=True))
+
+
+def save_sheet(images: list[Image.Image], file: Path) -> None:
+    """The samples in one picture, twelve a row."""
+    sheet = Image.new("RGB", (64 * 12, 64 * -(-len(images) // 12)))
+    for number, image in enumerate(images):
+        sheet.paste(image, (64 * (number % 12), 64 * (number // 12)))
+    sheet.save(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_run_arguments(parser, steps=5_200, batch_size=32, learning_rate=1e-3, precision="bf16")
@@ -92,12 +99,7 @@ def main() -> None:
     judge = Judge.from_pretrained(args.judge or args.work_dir / "judge" / "judge").to(run.device)
 
     latents = cache_latents(vae, world, run.folder.parent / "latents.npy")
-    texts = [
-        caption(
-            [(NOUN_LIST[n], COLOUR_LIST[c]) for n, c in zip(nouns, colours, strict=True) if n >= 0], SCENE_LIST[scene]
-        )
-        for nouns, colours, scene in zip(world.nouns, world.colours, world.scenes, strict=True)
-    ]
+    texts = world_captions(world)
     empty = encode(tokenizer, text_encoder, [""])
     scheduler = sd14_scheduler()
 
@@ -114,8 +116,7 @@ def main() -> None:
     # On CPU, plain attention trains faster than the fused kernel.
     unet.set_attn_processor(AttnProcessor())
     unet = run.prepare(unet)
-    ema = EMAModel(unet.parameters(), decay=0.999, model_cls=UNet2DConditionModel, model_config=unet.config)
-    run.accelerator.register_for_checkpointing(ema)
+    ema = run.average(unet)
     test_texts = captions(1)[::11][:48]
     test_states = encode(tokenizer, text_encoder, test_texts)
 
@@ -141,16 +142,8 @@ def main() -> None:
             ema.copy_to(unet.parameters())
             images = sample(unet, vae, test_states, empty, guidance=3.0, steps=25, seed=0)
             ema.restore(unet.parameters())
-            right = [
-                [verdict.noun in text, f"{verdict.colour} {verdict.noun}" in text, verdict.scene in text]
-                for verdict, text in zip(judge.look(images), test_texts, strict=True)
-            ]
-            thing, coloured_thing, scene = np.mean(right, axis=0)
-            run.log(step + 1, loss=loss, thing=thing, coloured_thing=coloured_thing, scene=scene)
-            sheet = Image.new("RGB", (64 * 12, 64 * 4))
-            for number, image in enumerate(images):
-                sheet.paste(image, (64 * (number % 12), 64 * (number // 12)))
-            sheet.save(run.folder / f"samples-{step + 1}.png")
+            run.log(step + 1, loss=loss, **judge_samples(judge, images, test_texts))
+            save_sheet(images, run.folder / f"samples-{step + 1}.png")
 
     unet = run.accelerator.unwrap_model(unet)
     ema.copy_to(unet.parameters())

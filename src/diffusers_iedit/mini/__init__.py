@@ -1,6 +1,7 @@
 """The mini world and the small models trained on it: see `world.py` for the pictures, `judging.py` for the judge."""
 
 from pathlib import Path
+from typing import Literal
 
 from .world import (
     COLOURS,
@@ -44,9 +45,20 @@ __all__ = [
 ]
 
 
-def model_path() -> Path:
-    """The folder of the mini pipeline, for `IEditPipeline.from_pretrained`."""
-    return Path(__file__).parent / "model"
+def model_path(name: Literal["iedit", "sd3"] = "iedit") -> Path:
+    """The folder of a mini pipeline.
+
+    Args:
+        name: `"iedit"`, for `IEditPipeline.from_pretrained`; or `"sd3"`, a flow-matching model of the same world, for
+            `StableDiffusion3Img2ImgPipeline.from_pretrained`.
+
+    Raises:
+        ValueError: If there is no such pipeline.
+    """
+    folders = {"iedit": "model", "sd3": "sd3"}
+    if name not in folders:
+        raise ValueError(f"`name` has to be one of {', '.join(map(repr, folders))}, but is {name!r}.")
+    return Path(__file__).parent / folders[name]
 
 
 def base_unet_path() -> Path:
