@@ -7,7 +7,7 @@
 Three parts, on the mini models:
 
 - `grids`: one small thing is swapped in a picture of grid x grid scenes, `mini.render_large`. With its surroundings
-  cut out (`padding_mask_crop`, two fifths of the mask's longer side), on the whole frame, and on a small copy of the
+  cut out (`padding_mask_crop`, a quarter of the mask's longer side), on the whole frame, and on a small copy of the
   frame (`processing_resolution`). An independent classifier judges whether the right thing in the right colour is
   there.
 - `seam`: how far the colours of an edit are from the true edited picture's along its rim, without and with the

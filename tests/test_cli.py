@@ -337,8 +337,8 @@ def large_picture(folder, box=(200, 100, 220, 112), size=(400, 300)):
 def test_a_small_thing_in_a_large_picture_is_cut_out_with_some_of_its_length_around_it(folder, iedit):
     large_picture(folder)
     line = iedit(f"edit large.png car -o out.png --mask small.png --seed 1 {QUICK}")
-    assert line.endswith(", the 36x36 px around the mask edited at 64 px")
-    iedit(f"edit large.png car -o by-hand.png --mask small.png --crop-padding 8 --seed 1 {QUICK}")
+    assert line.endswith(", the 30x30 px around the mask edited at 64 px")
+    iedit(f"edit large.png car -o by-hand.png --mask small.png --crop-padding 5 --seed 1 {QUICK}")
     assert (folder / "out.png").read_bytes() == (folder / "by-hand.png").read_bytes()
     assert (pixels("out.png") == pixels("large.png"))[pixels("small.png") == 0].all()
 
@@ -358,7 +358,7 @@ def test_a_picture_of_the_models_size_or_all_marked_is_edited_whole(folder, iedi
 
 
 def test_a_strip_whose_region_would_be_too_thin_is_edited_whole(folder, iedit):
-    large_picture(folder, box=(100, 40, 160, 44), size=(1000, 100))
+    large_picture(folder, box=(100, 40, 180, 44), size=(1000, 100))
     assert iedit(f"edit large.png car -o out.png --mask small.png {QUICK}").endswith(", processed at 64 px")
 
 

@@ -168,7 +168,7 @@ def test_a_small_thing_in_a_large_picture_is_cut_out_at_the_models_size(folder, 
     mask.paste(255, (200, 100, 220, 112))
     mask.save("small.png")
     options = ("edit", "large.png", "car", "-o", "out.png", "--mask", "small.png", *QUICK, "--model", saved("sdxl"))
-    assert iedit(*options).endswith(", the 36x36 px around the mask edited at 64 px")
+    assert iedit(*options).endswith(", the 30x30 px around the mask edited at 64 px")
     assert not changed("large.png")[pixels("small.png") == 0].any()
     assert iedit(*options, "--whole-frame").endswith(", processed at 64 px")
 

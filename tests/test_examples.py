@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from diffusers import ModularPipelineBlocks, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from notebook import code_cells, outputs_of
 from PIL import Image
 
@@ -77,6 +77,12 @@ def test_custom_pipeline(folder, run):
     difference = changed("in.png", "edited.png")
     assert difference.any()
     assert not difference[np.asarray(Image.open("mask.png")) == 0].any()
+
+
+def test_push_blocks(folder, run):
+    run("push_blocks.py", "--output-dir", "blocks")
+    blocks = ModularPipelineBlocks.from_pretrained("./blocks", trust_remote_code=True)
+    assert list(blocks.sub_blocks) == ["find_mask", "mask_scheduler"]
 
 
 def test_the_notebook_runs_and_makes_the_pictures_that_stand_in_it():

@@ -241,7 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_PIXELS,
         metavar="PX",
         help="edit only the mask's surroundings, with so many pixels of context, at the model's size (default: in a"
-        " picture larger than the model's, two fifths of the mask's longer side, where that leaves something out)",
+        " picture larger than the model's, a quarter of the mask's longer side, where that leaves something out)",
     )
     where_to.add_argument("--whole-frame", action="store_true", help="edit the whole picture, however small the mask")
     edit.add_argument(
