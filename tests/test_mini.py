@@ -519,6 +519,7 @@ def test_a_pool_is_not_written_over_another(pool):
     assert {file: file.read_bytes() for file in pool.iterdir()} == files
 
 
+MINI_PARTS = ["judge", "vae", "clip", "clipseg", "captioner", "vgg", "tiny_vae", "text_to_image", "edit"]
 SD3_PARTS = ["sd3_text_to_image", "sd3_edit"]
 
 
