@@ -195,7 +195,11 @@ def build_parser() -> argparse.ArgumentParser:
     edit = commands.add_parser(
         "edit", parents=[common], argument_default=argparse.SUPPRESS, help="edit a picture towards a prompt"
     )
-    edit.add_argument("prompt", metavar="PROMPT", help="what the picture shows after the edit")
+    edit.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        help="what the picture shows after the edit; for models that take instructions, what is to be done",
+    )
     where = edit.add_mutually_exclusive_group()
     where.add_argument("--mask", type=Path, metavar="FILE", help="edit where this picture is white")
     _add_mask_prompts(where)
