@@ -313,10 +313,10 @@ def index_of(folder, class_name):
 @pytest.mark.parametrize(
     ("class_name", "says"),
     [
-        ("WanPipeline", "is a WanPipeline, which edits no pictures; expected the models of any image-to-image"),
-        ("LTXConditionPipeline", "is a LTXConditionPipeline, which edits no pictures"),
-        ("NoSuchPipeline", "is a NoSuchPipeline, which edits no pictures"),
-        ("AutoencoderKL", "is a AutoencoderKL, which edits no pictures"),
+        ("WanPipeline", "is a WanPipeline, which this editor does not serve; expected the models of any image-to-image"),
+        ("LTXConditionPipeline", "is a LTXConditionPipeline, which this editor does not serve"),
+        ("NoSuchPipeline", "is a NoSuchPipeline, which this editor does not serve"),
+        ("AutoencoderKL", "is a AutoencoderKL, which this editor does not serve"),
         ("StableDiffusionXLControlNetPipeline", "StableDiffusionXLControlNetImg2ImgPipeline, which needs a `control_"),
         (["pipeline", "MyPipeline"], "gives no usable pipeline: model_index.json names no pipeline of diffusers"),
         (None, "gives no usable pipeline: model_index.json names no pipeline of diffusers (`_class_name`)"),

@@ -1,6 +1,7 @@
 """LocalEditor: the edit of IEditPipeline with the pipeline that the user has, which stays what it is."""
 
 import inspect
+import math
 
 import numpy as np
 import pytest
@@ -167,6 +168,33 @@ def test_one_image_is_edited_towards_each_of_several_prompts(editor):
     assert len(edit.images) == 2
 
 
+def test_embeddings_go_with_their_images():
+    editor = LocalEditor(tiny_sdxl())
+    scenes = [mini.render(seed) for seed in (22, 31)]
+    embeds = {
+        name: torch.randn(2, *shape, generator=generator(number))
+        for number, (name, shape) in enumerate(
+            {
+                "prompt_embeds": (77, 64),
+                "pooled_prompt_embeds": (32,),
+                "negative_prompt_embeds": (77, 64),
+                "negative_pooled_prompt_embeds": (32,),
+            }.items()
+        )
+    }
+    images, masks = [scene.image for scene in scenes], [scene.mask for scene in scenes]
+    together = editor(images, mask_image=masks, generator=[generator(0), generator(1)], **embeds, **FAST)
+    for index in range(2):
+        own = {name: value[index : index + 1] for name, value in embeds.items()}
+        alone = editor(images[index], mask_image=masks[index], generator=[generator(index)], **own, **FAST)
+        assert np.array_equal(np.asarray(together.images[index]), np.asarray(alone.images[0]))
+    # One image, towards each.
+    assert len(editor(images[0], mask_image=masks[0], generator=generator(), **embeds, **FAST).masks) == 2
+    embeds["pooled_prompt_embeds"] = torch.zeros(3, 32)
+    with pytest.raises(ValueError, match="`pooled_prompt_embeds` holds 3 entries for a batch of 2"):
+        editor(images, mask_image=masks, **embeds, **FAST)
+
+
 # The pipeline is the user's
 
 
@@ -247,9 +275,33 @@ def test_apply_edits_one_region_after_the_other():
     assert not np.array_equal(np.asarray(other.images[0]), np.asarray(output.images[0]))
 
 
+def test_an_interrupted_edit_is_the_last(editor):
+    steps = []
+
+    def stop(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = True
+        return tensors
+
+    edit = {"prompt": PROMPT, "mask_image": SCENE.mask, "callback_on_step_end": stop, **FAST}
+    editor.apply(SCENE.image, [edit, edit])
+    assert steps == [0]
+
+
+def test_what_goes_wrong_in_an_edit_says_in_which(editor):
+    edits = [{"prompt": PROMPT, "mask_image": SCENE.mask, **FAST}, {"prompt": PROMPT, "mask_prompt": "blue house"}]
+    with pytest.raises(ValueError, match=r"`edits\[1\]`: The predicted mask is empty"):
+        editor.apply(SCENE.image, edits)
+
+
 @pytest.mark.parametrize(
     ("edits", "error", "message"),
     [
+        ({"prompt": "a"}, TypeError, "`edits` has to be a list of dicts, but is dict"),
+        (None, TypeError, "`edits` has to be a list of dicts, but is NoneType"),
+        ([{"prompt": "a", "seed": "x"}], ValueError, r"`edits\[0\]` holds the `seed` 'x'"),
+        ([{"prompt": ["a", "b"]}], TypeError, r"`edits\[0\]` has to hold one `prompt`"),
+        ([{"prompt": "a"}, {"prompt": "a", "stength": 1}], TypeError, r"`edits\[1\]`: `stength` is an argument of"),
         ([], ValueError, "`edits` is empty"),
         (["a cat"], TypeError, r"`edits\[0\]` has to be a dict, but is str"),
         ([{"prompt": "a", "num_images_per_prompt": 2}], ValueError, r"`edits\[0\]` asks for several results"),
@@ -292,8 +344,27 @@ def test_a_pipeline_that_edits_no_pictures_is_refused_with_the_class_to_load(pip
 
 
 def test_iedit_pipeline_is_refused_as_it_edits_locally_by_itself(iedit):
-    with pytest.raises(ValueError, match="IEditPipeline, which has masks of its own"):
+    with pytest.raises(ValueError, match="IEditPipeline, which has masks of its own: it edits locally by itself"):
         LocalEditor(iedit)
+
+
+def test_models_made_for_inpainting_are_refused():
+    pipe = quiet(StableDiffusionImg2ImgPipeline(**tiny_models.sd_components(in_channels=9)))
+    with pytest.raises(ValueError, match="`unet` that takes 9 channels, where its `vae` has 4"):
+        LocalEditor(pipe)
+
+
+def test_whole_pictures_for_qwen_image_edit_have_the_size_at_which_it_shows_them():
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
+    from families import FAMILIES
+
+    editor = LocalEditor(FAMILIES["qwen-image-edit"].pipe())
+    for height, width in ((2000, 3000), (3000, 4000), (1600, 2560), (900, 1600), (512, 512)):
+        resolution = editor.settled_resolution((height, width))
+        scale = resolution / max(height, width)
+        # Padded to the two cells that are a token.
+        edited = tuple(16 * math.ceil(round(side * scale) / 16) for side in (width, height))
+        assert edited == calculate_dimensions(1024**2, edited[0] / edited[1])[:2]
 
 
 def test_a_scheduler_that_cannot_be_masked_is_an_error_when_the_editor_is_made():
@@ -331,7 +402,7 @@ def test_a_folder_of_a_class_that_the_auto_pipeline_does_not_know_is_loaded_by_i
 )
 def test_a_folder_of_another_kind_of_pipeline_is_refused(tmp_path, class_name):
     (tmp_path / "model_index.json").write_text(f'{{"_class_name": "{class_name}"}}')
-    with pytest.raises(ValueError, match=f"`model` is a {class_name}, which edits no pictures; expected"):
+    with pytest.raises(ValueError, match=f"`model` is a {class_name}, which this editor does not serve; expected"):
         LocalEditor.from_pretrained(tmp_path)
 
 
@@ -343,6 +414,8 @@ def test_a_folder_of_another_kind_of_pipeline_is_refused(tmp_path, class_name):
     [
         ({"output_type": "latent"}, ValueError, "`output_type` has to be 'pil', 'np' or 'pt'"),
         ({"height": 64}, TypeError, "`height` cannot be passed"),
+        ({"num_images_per_prompt": 0}, ValueError, "`num_images_per_prompt` has to be a positive integer, but is 0"),
+        ({"num_inference_steps": 2, "strength": 0.1}, ValueError, "`strength` 0.1 of `num_inference_steps` 2 would"),
         ({"stength": 0.5}, TypeError, "`stength` is an argument of neither `LocalEditor` nor StableDiffusionImg2Img"),
         ({"padding_mask_crop": 8}, ValueError, "`padding_mask_crop` edits the surroundings of a mask"),
         ({"mask_image": SCENE.mask, "mask_prompt": "ball"}, ValueError, "Pass only one of"),

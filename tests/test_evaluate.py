@@ -208,7 +208,7 @@ def test_an_evaluation_compares_backbones_and_goes_on(tmp_path, instruct):
         ("editor", "There is no method 'editor'. There are sdedit, "),
         ("editor:", "There is no method 'editor:'. There are sdedit, "),
         ("editor:mini-sd4", "The model of `editor` 'mini-sd4': there is no such folder or model"),
-        ("editor:video", "The model of `editor` 'video' is a WanPipeline, which edits no pictures; expected"),
+        ("editor:video", "The model of `editor` 'video' is a WanPipeline, which this editor does not serve; expected"),
         ("editor-m:control", "StableDiffusionControlNetImg2ImgPipeline, which needs a `control_image`"),
     ],
 )

@@ -3,8 +3,10 @@
 import copy
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from transformers import (
 
 from . import mini
 from .masking_iedit import MaskFinderMixin, check_finite, expand, feather
-from .pipeline import IEditPipelineOutput
+from .pipeline import IEditPipeline, IEditPipelineOutput
 from .regions_iedit import (
     Cutout,
     as_list,
@@ -67,8 +69,8 @@ EDITING_FAMILIES = {
 take `image` and `strength`: these noise the source's latents by their scheduler, which tells all there is to know."""
 
 _SERVED = (
-    f"any image-to-image pipeline of diffusers (SD, SDXL, SD3, Flux, Chroma, Qwen-Image, Z-Image, Kolors, LCM, and"
-    f" with a ControlNet), or one of {', '.join(EDITING_FAMILIES)}"
+    "an image-to-image pipeline with a VAE and a `strength` (SD, SDXL, SD3, Flux, Chroma, Qwen-Image, Z-Image, Kolors,"
+    f" LCM, and with a ControlNet), or one of {', '.join(EDITING_FAMILIES)}"
 )
 
 # Settled by the region, or by what comes back.
@@ -123,7 +125,7 @@ def pipeline_class(class_name: str, model: str = "`model`") -> type[DiffusionPip
     if libraries := getattr(getattr(diffusers, by_name, None), "_backends", None):
         # What diffusers has in the place of a class that it cannot import, as Kolors' without sentencepiece.
         raise ValueError(f"{model} is a {class_name}, which needs {', '.join(libraries)}: not all are installed.")
-    raise ValueError(f"{model} is a {class_name}, which edits no pictures; expected the models of {_SERVED}.")
+    raise ValueError(f"{model} is a {class_name}, which this editor does not serve; expected the models of {_SERVED}.")
 
 
 def class_for_prompts(index: dict[str, Any], model: str) -> type[DiffusionPipeline]:
@@ -168,9 +170,18 @@ def _check_pipeline(pipe) -> None:
     if not _edits_pictures(type(pipe)):
         other = _image_to_image_class(name)
         way_out = f"; load its models as {other.__name__}: `{other.__name__}.from_pipe(pipe)`" if other else ""
+        if isinstance(pipe, IEditPipeline):
+            way_out = ": it edits locally by itself"
         has_masks = "mask_image" in _call_parameters(type(pipe))
         kind = "has masks of its own" if has_masks else "is not known to edit pictures"
         raise ValueError(f"`pipe` is a {name}, which {kind}{way_out}. Expected {_SERVED}.")
+    unet = getattr(pipe, "unet", None)
+    channels = pipe.vae.config.get("latent_channels")
+    if unet is not None and _family_of(type(pipe)) is None and unet.config.in_channels != channels:
+        raise ValueError(
+            f"`pipe` has a `unet` that takes {unet.config.in_channels} channels, where its `vae` has {channels}: its"
+            " models are made for inpainting or another task."
+        )
     # A scheduler that cannot be masked is an error now, not after the mask was found.
     IEditMaskedScheduler.wrap(pipe.scheduler, None)
 
@@ -232,6 +243,8 @@ class LocalEditor(MaskFinderMixin):
         self.pipe: Any = pipe
         self.mask_model, self.mask_processor = mask_model, mask_processor
         self.captioner, self.caption_processor = captioner, caption_processor
+        # Whether a callback interrupted the last edit.
+        self._interrupted = False
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **kwargs) -> "LocalEditor":
@@ -248,7 +261,8 @@ class LocalEditor(MaskFinderMixin):
                 `controlnet`, ... Weights are read from safetensors only.
 
         Raises:
-            `ValueError`: If there are no such models, or if diffusers has no pipeline that edits pictures with them.
+            `ValueError`: If diffusers has no pipeline that edits pictures with these models.
+            `OSError`: If there are no such models.
         """
         from .loading import SHIPPED_PIPELINES, load_pipeline
 
@@ -262,7 +276,7 @@ class LocalEditor(MaskFinderMixin):
             where = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
             where = {name: kwargs[name] for name in where if name in kwargs}
             source, config = model, DiffusionPipeline.load_config(model, **where)
-            loader: Any = pipeline_class(config["_class_name"])
+            loader: Any = pipeline_class(str(dict(config).get("_class_name")))
             if loader.__name__ not in EDITING_FAMILIES and loader in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values():
                 # It also finds the class that goes with a `controlnet`.
                 loader = AutoPipelineForImage2Image
@@ -314,7 +328,14 @@ class LocalEditor(MaskFinderMixin):
         family = _family_of(type(self.pipe))
         if family is None or family.area is None:
             return None
-        return round(math.sqrt(family.area * max(size) / min(size)))
+        height, width = size
+        shown = width / height
+        # The pipeline rounds the sides of what it shows to 32, which changes the aspect, until they stay.
+        for _ in range(4):
+            across = math.sqrt(family.area * shown)
+            sides = 32 * round(across / shown / 32), 32 * round(across / 32)
+            shown = sides[1] / sides[0]
+        return math.floor(max(size) * min(sides[0] / height, sides[1] / width))
 
     @torch.no_grad()
     def __call__(
@@ -361,8 +382,8 @@ class LocalEditor(MaskFinderMixin):
                 `width` and `max_area` are settled here.
 
         Returns:
-            [`IEditPipelineOutput`]: The results of one image are adjacent. If a callback interrupts the run, the
-            results whose turn did not come are as the source.
+            [`IEditPipelineOutput`]: The results of one image are adjacent. If a callback sets `_interrupt` on the
+            pipeline that it is given, the results whose turn did not come are as the source.
 
         Raises:
             `ValueError` or `TypeError`: For arguments that do not fit; the message names the argument, what was
@@ -372,16 +393,25 @@ class LocalEditor(MaskFinderMixin):
         # 1. Check inputs
         self._check_where(prompt, mask_image, mask_prompt, source_prompt, mask_dilation, mask_feather)
         mask_given = any(each is not None for each in (mask_image, mask_prompt, source_prompt))
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(
+                "`output_type` has to be 'pil', 'np' or 'pt', as an edit is set back in pixels, but is"
+                f" {output_type!r}."
+            )
         check_sizes(mask_given, padding_mask_crop, processing_resolution, output_type)
-        if output_type == "latent":
-            raise ValueError("`output_type` has to be 'pil', 'np' or 'pt': an edit is set back in pixels.")
         check_arguments(type(self.pipe), pipeline_kwargs)
+        self._check_steps(pipeline_kwargs)
+        num_results = pipeline_kwargs.get("num_images_per_prompt", 1)
+        if isinstance(num_results, bool) or not isinstance(num_results, Integral) or num_results < 1:
+            raise ValueError(f"`num_images_per_prompt` has to be a positive integer, but is {num_results!r}.")
 
         # 2. Read the sources
         photos = read_photos(image)
         if output_type != "pil":
             photos = [replace(photo, pixels=to_unit_range(photo.pixels)) for photo in photos]
-        batch_size = max(len(photos), len(as_list(prompt)))
+        embeds = pipeline_kwargs.get("prompt_embeds")
+        num_prompts = len(as_list(prompt)) if embeds is None else len(embeds)
+        batch_size = max(len(photos), num_prompts)
         if len(photos) not in (1, batch_size):
             raise ValueError(
                 f"`prompt` holds {batch_size} prompts for {len(photos)} images; pass one or {len(photos)}."
@@ -391,7 +421,6 @@ class LocalEditor(MaskFinderMixin):
         size = photos[0].size
         if padding_mask_crop is None and processing_resolution is None:
             processing_resolution = self.settled_resolution(size)
-        num_results = pipeline_kwargs.get("num_images_per_prompt") or 1
         generator = pipeline_kwargs.get("generator")
         if isinstance(generator, list) and len(generator) != batch_size * num_results:
             raise ValueError(
@@ -426,8 +455,17 @@ class LocalEditor(MaskFinderMixin):
             if isinstance(generator, list):
                 # Else pipelines encode the source with one generator for all results, and draw the noise with each.
                 own |= {"generator": generator[len(pictures)], "num_images_per_prompt": 1}
-            if batch_size > 1 and "negative_prompt" in own:
-                own["negative_prompt"] = expand(own["negative_prompt"], batch_size, "negative_prompt")[index]
+            for name, value in pipeline_kwargs.items():
+                if name == "negative_prompt" and batch_size > 1:
+                    own[name] = expand(value, batch_size, name)[index]
+                # Also the masks and the pooled ones that go with embeddings.
+                elif "prompt_embeds" in name and value is not None:
+                    if len(value) not in (1, batch_size):
+                        raise ValueError(
+                            f"`{name}` holds {len(value)} entries for a batch of {batch_size}; pass one or"
+                            f" {batch_size}."
+                        )
+                    own[name] = value if len(value) == 1 else value[index : index + 1]
             edited, flagged, interrupted = self._edit(cutouts[index], prompts[index], own)
             pictures += edited
             if flagged is not None:
@@ -439,7 +477,21 @@ class LocalEditor(MaskFinderMixin):
         # 5. Bring images and masks into the form asked for
         masks = None if blend is None else to_output([blend[index] for index in indices], output_type)
         images = to_output(pictures, output_type, [photos[index] for index in indices])
+        self._interrupted = interrupted
         return IEditPipelineOutput(images=images, masks=masks, nsfw_content_detected=flags)
+
+    def _check_steps(self, pipeline_kwargs: dict[str, Any]) -> None:
+        """Raises if so little strength of so few steps runs none, where the pipeline does not say so itself."""
+        takes = _call_parameters(type(self.pipe))
+        if "strength" not in takes or not hasattr(self.pipe, "unet"):
+            return
+        if any(pipeline_kwargs.get(name) is not None for name in ("timesteps", "sigmas", "denoising_start")):
+            return
+        steps, strength = (
+            pipeline_kwargs.get(name, takes[name].default) for name in ("num_inference_steps", "strength")
+        )
+        if isinstance(steps, Integral) and isinstance(strength, Real) and 0 <= strength <= 1 > steps * strength:
+            raise ValueError(f"`strength` {strength} of `num_inference_steps` {steps} would run no step.")
 
     def _edit(self, cutout: Cutout, prompt: str | None, pipeline_kwargs: dict[str, Any]):
         """Edit one picture.
@@ -495,7 +547,7 @@ class LocalEditor(MaskFinderMixin):
         """Several edits of one picture, one after the other: the source of each is the result of the one before.
 
         Where regions overlap, the later edit edits what the earlier one made, so their order matters. What lies in no
-        mask stays the same byte.
+        mask stays the same byte. If a callback interrupts an edit, it is the last.
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): One picture.
@@ -510,6 +562,8 @@ class LocalEditor(MaskFinderMixin):
         Raises:
             `ValueError` or `TypeError`: As `__call__`, and for an empty `edits`.
         """
+        if isinstance(edits, (str, Mapping)) or not isinstance(edits, Iterable):
+            raise TypeError(f"`edits` has to be a list of dicts, but is {type(edits).__name__}.")
         edits = list(edits)
         if not edits:
             raise ValueError("`edits` is empty; expected a dict for each edit.")
@@ -518,10 +572,18 @@ class LocalEditor(MaskFinderMixin):
                 raise TypeError(f"`edits[{number}]` has to be a dict, but is {type(edit).__name__}.")
             for name in {"output_type", "image"} & edit.keys():
                 raise ValueError(f"`edits[{number}]` holds `{name}`, which `apply` settles.")
-            if (edit.get("num_images_per_prompt") or 1) != 1:
+            if edit.get("num_images_per_prompt", 1) != 1:
                 raise ValueError(f"`edits[{number}]` asks for several results, but the next edit needs one.")
             if {"seed", "generator"} <= edit.keys():
                 raise ValueError(f"`edits[{number}]` holds both `seed` and `generator`.")
+            seed = edit.get("seed", 0)
+            if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+                raise ValueError(f"`edits[{number}]` holds the `seed` {seed!r}; expected an integer in [0, 2**63).")
+            if not isinstance(edit.get("prompt", ""), str):
+                raise TypeError(f"`edits[{number}]` has to hold one `prompt`, a string.")
+            theirs = {name: value for name, value in edit.items() if name not in {*_EDIT_ARGUMENTS, "seed"}}
+            with _named(f"`edits[{number}]`"):
+                check_arguments(type(self.pipe), theirs)
         photos = read_photos(image)
         if len(photos) != 1:
             raise ValueError(f"`image` has to be one picture, but holds {len(photos)}.")
@@ -529,14 +591,32 @@ class LocalEditor(MaskFinderMixin):
         (result,) = to_output([photos[0].pixels], "pil", photos)
         union = Image.new("L", result.size)
         flags: list[bool] | None = None
-        for edit in edits:
+        for number, edit in enumerate(edits):
             edit = dict(edit)
             if "seed" in edit:
                 edit["generator"] = torch.Generator().manual_seed(edit.pop("seed"))
-            output = self(result, **edit)
+            with _named(f"`edits[{number}]`"):
+                output = self(result, **edit)
             (result,) = output.images
             own = Image.new("L", result.size, 255) if output.masks is None else output.masks[0]
             union = ImageChops.lighter(union, own)
             if output.nsfw_content_detected is not None:
                 flags = [any([*(flags or ()), *output.nsfw_content_detected])]
+            if self._interrupted:
+                break
         return IEditPipelineOutput(images=[result], masks=[union], nsfw_content_detected=flags)
+
+
+# What an edit is told beside the picture, and what else goes to the pipeline.
+_EDIT_ARGUMENTS = frozenset(inspect.signature(LocalEditor.__call__).parameters) - {"self", "pipeline_kwargs"}
+
+
+@contextmanager
+def _named(which: str) -> Iterator[None]:
+    """Says in a `ValueError` or `TypeError` of one edit which of several it was."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError):
+            raise
+        raise type(error)(f"{which}: {error}") from error
