@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..pairs.engines import LocalEngine
-from ..pairs.shards import lock_folder, replacing
+from ..engines import LocalEngine
+from ..resuming import lock_folder, replacing
 from . import report
 from .data import Example, load_examples
 from .measuring import Metrics
