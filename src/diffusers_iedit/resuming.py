@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -54,3 +55,12 @@ def lock_folder(folder: Path, work: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def differences(found: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """What a folder's configuration has otherwise than that of a run which is to go on there, in words."""
+    return [
+        f"{name} was {found.get(name)!r} and is {config.get(name)!r}"
+        for name in sorted(found.keys() | config.keys())
+        if found.get(name) != config.get(name)
+    ]
