@@ -59,6 +59,7 @@ class Fault:
     after: int
     times: float
     status: int | None
+    code: str
 
 
 class HubError(Exception):
@@ -192,7 +193,9 @@ class HubServer:
         self._objects |= {oid(content): content for content in files.values() if is_lfs(content)}
         return self.repos[kind][repo_id].commit("initial commit", files)
 
-    def fail(self, pattern: str, after: int = 0, times: float = float("inf"), status: int | None = None):
+    def fail(
+        self, pattern: str, after: int = 0, times: float = float("inf"), status: int | None = None, code: str = ""
+    ):
         """Make requests fail from now on.
 
         Args:
@@ -201,8 +204,9 @@ class HubServer:
             times (`float`): How many fail before all pass again.
             status (`int`, *optional*):
                 What they are answered; by default the connection is cut half way through the body.
+            code (`str`): What tells the client more than the status does: "GatedRepo".
         """
-        self._faults.append(Fault(pattern, after, times, status))
+        self._faults.append(Fault(pattern, after, times, status, code))
 
     def next_fault(self, request: str) -> Fault | None:
         with self._lock:
@@ -396,7 +400,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
         try:
             if fault and fault.status:
-                raise HubError(fault.status, "a fault on demand")
+                raise HubError(fault.status, "a fault on demand", fault.code)
             status, headers, content = hub.answer(request)
         except HubError as error:
             headers = {"X-Error-Message": str(error), "X-Error-Code": error.code}

@@ -1,4 +1,4 @@
-"""The `iedit` command: reads files and arguments, hands them to `IEditPipeline`, writes what comes back."""
+"""The `iedit` command: reads files and arguments, hands them to a pipeline or an editor, writes what comes back."""
 
 import argparse
 import contextlib
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import inspect
 import logging
 import math
 import os
@@ -27,13 +28,18 @@ from .images import open_image
 
 
 if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from .editor import LocalEditor
     from .pipeline import IEditPipeline
     from .regions_iedit import Photo
 
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
-MASK_MODEL = "CIDAS/clipseg-rd64-refined"
-CAPTIONER = "Salesforce/blip-image-captioning-large"
+
+# As model_index.json has it, of what `IEditPipeline` edits with: told without the imports of all families.
+STABLE_DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 
 # What each extension is written as, losslessly where the format can, as the background is meant to stay exact.
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,7 +59,8 @@ LOSSY = ("AVIF", "JPEG")
 # In pixels, of the formats that have one.
 LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
 
-# Arguments that go to the pipeline under their own name, so that its defaults are the only ones.
+# Arguments that go to the pipeline under their own name, so that its defaults are the only ones. Of the strength, in
+# which families differ too much, that of `IEditPipeline` is the default of all.
 EDIT_ARGUMENTS = (
     "prompt",
     "mask_prompt",
@@ -68,6 +75,8 @@ EDIT_ARGUMENTS = (
     "padding_mask_crop",
     "processing_resolution",
 )
+# Those of them that are the pipeline's own, also where `LocalEditor` calls it.
+PIPELINE_ARGUMENTS = ("strength", "num_inference_steps", "guidance_scale", "negative_prompt")
 MASK_ARGUMENTS = ("prompt", "mask_prompt", "source_prompt", "mask_threshold", "mask_dilation", "mask_feather")
 
 # The options that name what CLIPSeg is to look for.
@@ -157,15 +166,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         metavar="NAME",
         default=DEFAULT_MODEL,
-        help="a Hub id, a folder, `mini` for the small models of the package, or `mini-base` for what they were"
-        " fine-tuned from (default: %(default)s)",
+        help="a Hub id or folder of any image-to-image or editing model of diffusers (SD, SDXL, SD3, Flux, Flux"
+        " Kontext, Flux.2, Qwen-Image, Qwen-Image-Edit, Z-Image, Chroma, Kolors ...); or, of the small models of the"
+        " package, `mini`, `mini-sd3`, or `mini-base`, from which `mini` was fine-tuned (default: %(default)s)",
     )
     models.add_argument(
         "--device",
         choices=("cuda", "mps", "cpu"),
         default=None,
-        help="where the models run, `cuda` in float16, the others in float32; `cpu` helps where a GPU has too little"
-        " memory or float16 overflows (default: the first of these that is there)",
+        help="where the models run; `cpu` helps where a GPU has too little memory (default: the first of these that"
+        " is there)",
+    )
+    models.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default=None,
+        help="of the models (default: on `cuda` float16, or bfloat16 for transformers such as SD3 and Flux, which"
+        " overflow in float16; else float32)",
     )
     masks, settings = (_Parser(add_help=False, argument_default=argparse.SUPPRESS) for _ in range(2))
     _add_mask_settings(masks)
@@ -368,14 +385,16 @@ def _add_edit_settings(parser: argparse.ArgumentParser):
         "--strength",
         type=_STRENGTH,
         metavar="S",
-        help="how far to go from the source (default: 0.7)",
+        help="how far to go from the source, in models that start from it; those that are shown it beside noise, as"
+        " Flux Kontext is, have none (default: 0.7)",
     )
     parser.add_argument(
         "--steps",
         dest="num_inference_steps",
         type=_COUNT,
         metavar="N",
-        help="denoising steps at strength 1 (default: 50); --num-inference-steps is the same",
+        help="denoising steps at strength 1 (default: 50); --num-inference-steps is the same. Of this and"
+        " --guidance-scale, other models than Stable Diffusion have defaults of their own",
     )
     parser.add_argument(
         "--guidance-scale",
@@ -487,14 +506,15 @@ def _save(image: Image.Image, path: Path):
 
 @contextlib.contextmanager
 def _model_errors():
-    """Make user errors of the `ValueError`s with which `loading` says what is wrong with a model."""
+    """Make user errors of those with which `loading` and `editor` say what is wrong with a model."""
     from .loading import HubError
 
     try:
         yield
     except HubError as error:
         raise UserError(f"{error}; `--model mini` needs no download") from error
-    except ValueError as error:
+    # Of the editor: a scheduler that cannot be masked, or an argument that a pipeline does not have.
+    except (ValueError, TypeError) as error:
         raise UserError(error) from error
 
 
@@ -524,51 +544,83 @@ def _import_libraries():
     transformers.utils.logging.disable_progress_bar()
 
 
-def _choose_device(device: str | None):
-    """The device, that of `--device` or the best there is, and the precision that goes with it."""
+def _choose_device(device: str | None, dtype: str | None, of_transformer: bool) -> "tuple[str, torch.dtype]":
+    """The device, that of `--device` or the best there is, and the precision, that of `--dtype` or its usual one."""
     import torch
 
     is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = device or next(name for name in is_there if is_there[name])
     if not is_there[device]:
         raise UserError(f"--device {device}: PyTorch finds no such device here")
-    return device, torch.float16 if device == "cuda" else torch.float32
+    if dtype == "float16" and device == "cpu":
+        raise UserError("--dtype float16: on the CPU, PyTorch lacks operations in it; take float32 or bfloat16")
+    usual = "float32" if device != "cuda" else "bfloat16" if of_transformer else "float16"
+    return device, getattr(torch, dtype or usual)
 
 
-def _load_pipeline(name: str, device: str | None, edits: bool, finds_mask: bool, captions: bool) -> "IEditPipeline":
-    """The pipeline of `--model`, as far as the run needs it, and from the Hub what it lacks to find a mask."""
+def _editing_class(name: str, index: dict[str, Any], arguments: dict[str, Any]) -> "type[DiffusionPipeline]":
+    """The class that edits with the models of `--model`, if these are not Stable Diffusion; it takes the arguments."""
+    from .editor import check_arguments, pipeline_class
+
+    cls = pipeline_class(index["_class_name"], f"--model {name!r}")
+    takes = inspect.signature(cls.__call__).parameters
+    if "control_image" in takes:
+        raise UserError(f"--model {name!r} is a {cls.__name__}, which needs a `control_image`: see `LocalEditor`")
+    check_arguments(cls, arguments)
+    return cls
+
+
+def _load_pipeline(
+    name: str,
+    device: str | None,
+    dtype_name: str | None,
+    edits: bool,
+    finds_mask: bool,
+    captions: bool,
+    arguments: dict[str, Any],
+) -> "IEditPipeline | LocalEditor":
+    """The pipeline of `--model`, as far as the run needs it, and what it lacks to find a mask.
+
+    `arguments` are those of the edit that only some pipelines take: found out before anything is loaded.
+    """
+    from .loading import load_finder, load_pipeline, read_index
+
+    with _model_errors():
+        index = read_index(name, "--model")
     _import_libraries()
-    from .loading import load_pipeline
     from .pipeline import IEditPipeline
 
-    device, dtype = _choose_device(device)
+    cls: type[DiffusionPipeline] = IEditPipeline
+    if index["_class_name"] not in STABLE_DIFFUSION:
+        from diffusers import StableDiffusionImg2ImgPipeline
+
+        with _model_errors():
+            cls = _editing_class(name, index, arguments)
+        cls = IEditPipeline if cls is StableDiffusionImg2ImgPipeline else cls
+    of_transformer = "transformer" in inspect.signature(cls.__init__).parameters
+    device, dtype = _choose_device(device, dtype_name, of_transformer)
+
     left_out: dict[str, Any] = {} if edits else {"requires_safety_checker": False}
     for needed, components in ((edits, EDITING), (finds_mask, MASKING), (captions, CAPTIONING)):
         if not needed:
             left_out |= dict.fromkeys(components)
+    pipe: Any
     with _model_errors():
-        kind = "Stable Diffusion 1.x or 2.x"
-        pipe = load_pipeline(IEditPipeline, name, "--model", kind, dtype=dtype, **left_out)
-    if finds_mask and pipe.mask_model is None:
-        from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
+        if cls is IEditPipeline:
+            kind = "Stable Diffusion 1.x or 2.x"
+            pipe = load_pipeline(IEditPipeline, name, "--model", kind, dtype=dtype, **left_out)
+        elif edits:
+            from .editor import LocalEditor
 
-        model, processor = _load_extra(
-            "the mask model", MASK_MODEL, CLIPSegForImageSegmentation, CLIPSegProcessor, dtype
-        )
-        pipe.register_modules(mask_model=model, mask_processor=processor)
-    if captions and pipe.captioner is None:
-        from transformers import BlipForConditionalGeneration, BlipProcessor
-
-        model, processor = _load_extra("the captioner", CAPTIONER, BlipForConditionalGeneration, BlipProcessor, dtype)
-        pipe.register_modules(captioner=model, caption_processor=processor)
-    return pipe.to(device)
-
-
-def _load_extra(what: str, name: str, model_class, processor_class, dtype):
-    from .loading import load
-
-    with _model_errors():
-        return load(model_class, name, what, dtype=dtype), load(processor_class, name, what)
+            pipe = LocalEditor(load_pipeline(cls, name, "--model", dtype=dtype))
+        else:
+            pipe = IEditPipeline(**dict.fromkeys(EDITING), requires_safety_checker=False)
+        for part, needed in (("mask_model", finds_mask), ("captioner", captions)):
+            if needed and getattr(pipe, part) is None:
+                for found, component in load_finder(part, name, index, "--model", dtype).items():
+                    setattr(pipe, found, component)
+    with _pipeline_errors(pipe):
+        return pipe.to(device)
 
 
 @contextlib.contextmanager
@@ -585,7 +637,7 @@ def _notes():
 
 
 @contextlib.contextmanager
-def _pipeline_errors(pipe: "IEditPipeline"):
+def _pipeline_errors(pipe: "IEditPipeline | LocalEditor"):
     """Make user errors of the `ValueError`s with which pipeline and scheduler refuse arguments, and of what a device
     lacks, memory or precision; of no others.
     """
@@ -594,7 +646,7 @@ def _pipeline_errors(pipe: "IEditPipeline"):
     try:
         yield
     except FloatingPointError as error:
-        hint = " `--device cpu` runs in float32." if pipe.dtype == torch.float16 else ""
+        hint = " `--dtype bfloat16` and `--dtype float32` have room for it." if pipe.dtype == torch.float16 else ""
         raise UserError(f"{error}{hint}") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -629,7 +681,7 @@ def _is_16_bit(path: Path) -> bool:
         return any("16" in str(tile.args) for tile in unread.tile if isinstance(tile.args, (str, tuple)))
 
 
-def _settle_region(pipe: "IEditPipeline", photo: "Photo", given: dict, whole_frame: bool) -> list[str]:
+def _settle_region(pipe: "IEditPipeline | LocalEditor", photo: "Photo", given: dict, whole_frame: bool) -> list[str]:
     """Settle what of the picture is edited at which size, as `--help` says, in the arguments of the edit.
 
     Words are replaced by the mask that they find, as its size decides. Returns what was done, for the printed line.
@@ -648,9 +700,10 @@ def _settle_region(pipe: "IEditPipeline", photo: "Photo", given: dict, whole_fra
             given["padding_mask_crop"] = padding
             region = surrounding_region(mask, padding)
             return [f"the {region.width}x{region.height} px around the mask edited at {resolution} px"]
-    if "processing_resolution" not in given and max(photo.size) > 2 * resolution:
-        given["processing_resolution"] = resolution
-        return [f"processed at {resolution} px"]
+    settled = pipe.settled_resolution(photo.size) if hasattr(pipe, "settled_resolution") else None
+    if "processing_resolution" not in given and (settled or max(photo.size) > 2 * resolution):
+        given["processing_resolution"] = settled or resolution
+        return [f"processed at {given['processing_resolution']} px"]
     return []
 
 
@@ -667,11 +720,17 @@ def _read_edit(args: argparse.Namespace) -> tuple[Image.Image, dict[str, Any]]:
 
 
 def _settle(
-    pipe: "IEditPipeline", image: Image.Image, given: dict[str, Any], whole_frame: bool
+    pipe: "IEditPipeline | LocalEditor", image: Image.Image, given: dict[str, Any], whole_frame: bool
 ) -> "tuple[Photo, list[str]]":
-    """The picture as the pipeline takes it, and as `_settle_region`."""
+    """Settle the arguments of the edit. Returns the picture as the pipeline takes it, and as `_settle_region`."""
+    from .pipeline import IEditPipeline
     from .regions_iedit import read_photos
 
+    ours, theirs = (
+        inspect.signature(cls.__call__).parameters for cls in (IEditPipeline, type(getattr(pipe, "pipe", pipe)))
+    )
+    if "strength" in theirs:
+        given.setdefault("strength", ours["strength"].default)
     with _pipeline_errors(pipe):
         # Once, so that what its profile lacks is said once.
         (photo,) = read_photos(image)
@@ -689,9 +748,11 @@ def _edit(args: argparse.Namespace) -> tuple[str, str]:
     pipe = _load_pipeline(
         args.model,
         args.device,
+        args.dtype,
         edits=True,
         finds_mask="mask_prompt" in given or "source_prompt" in given,
         captions=given.get("source_prompt") == "auto",
+        arguments={name: given[name] for name in PIPELINE_ARGUMENTS if name in given},
     )
     import torch
 
@@ -722,7 +783,9 @@ def _mask(args: argparse.Namespace) -> tuple[str, str]:
     given = {name: getattr(args, name) for name in MASK_ARGUMENTS if hasattr(args, name)}
 
     captions = given.get("source_prompt") == "auto"
-    pipe = _load_pipeline(args.model, args.device, edits=False, finds_mask=True, captions=captions)
+    pipe = _load_pipeline(
+        args.model, args.device, args.dtype, edits=False, finds_mask=True, captions=captions, arguments={}
+    )
     with _notes(), _pipeline_errors(pipe):
         (mask,) = pipe.predict_mask(image, **given)
     _save(mask, path)
@@ -735,13 +798,17 @@ class _JobEditor:
 
     model: str
     device: str | None
+    dtype: str | None
     finds_mask: bool
     captions: bool
+    arguments: dict[str, Any]
 
     @functools.cached_property
-    def pipe(self) -> "IEditPipeline":
-        pipe = _load_pipeline(self.model, self.device, True, self.finds_mask, self.captions)
-        pipe.set_progress_bar_config(disable=True)
+    def pipe(self) -> "IEditPipeline | LocalEditor":
+        pipe = _load_pipeline(
+            self.model, self.device, self.dtype, True, self.finds_mask, self.captions, self.arguments
+        )
+        getattr(pipe, "pipe", pipe).set_progress_bar_config(disable=True)
         return pipe
 
     def load(self) -> None:
@@ -848,13 +915,17 @@ def _edit_jobs(args: argparse.Namespace) -> tuple[str, str] | None:
         raise UserError(error) from error
 
     content = hashlib.sha256(args.jobs.read_bytes()).hexdigest()
-    config = {"jobs_sha256": content, "model": args.model} | {name: str(value) for name, value in defaults.items()}
+    config = {"jobs_sha256": content, "model": args.model, "dtype": args.dtype} | {
+        name: str(value) for name, value in defaults.items()
+    }
     asked = [job.options for job in jobs]
     edit = _JobEditor(
         args.model,
         args.device,
+        args.dtype,
         finds_mask=any(name in options for options in asked for name in WHERE),
         captions=any(options.get("source_prompt") == "auto" for options in asked),
+        arguments={name: options[name] for options in asked for name in PIPELINE_ARGUMENTS if name in options},
     )
     from tqdm.contrib.logging import logging_redirect_tqdm
 

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,36 +84,85 @@ def _image_to_image_class(class_name: str) -> type[DiffusionPipeline] | None:
     return found if found is not None and found.__name__ != class_name else None
 
 
-def pipeline_class(class_name: str) -> type[DiffusionPipeline]:
+def _call_parameters(cls: type[DiffusionPipeline]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(cls.__call__).parameters
+
+
+def _family_of(cls: type[DiffusionPipeline]) -> EditingFamily | None:
+    return next((EDITING_FAMILIES[each.__name__] for each in cls.__mro__ if each.__name__ in EDITING_FAMILIES), None)
+
+
+def _edits_pictures(cls: type[DiffusionPipeline]) -> bool:
+    """Whether the editor serves a class, as far as that can be told before its models are loaded."""
+    takes, parts = _call_parameters(cls), inspect.signature(cls.__init__).parameters
+    starts_from_image = _family_of(cls) is not None or {"image", "strength"} <= takes.keys()
+    # What has frames makes videos.
+    return (
+        starts_from_image and not {"mask_image", "num_frames"} & takes.keys() and {"vae", "scheduler"} <= parts.keys()
+    )
+
+
+def pipeline_class(class_name: str, model: str = "`model`") -> type[DiffusionPipeline]:
     """The class that edits pictures with the models of a folder, by the `_class_name` of its `model_index.json`.
 
+    Args:
+        class_name (`str`): As it stands there.
+        model (`str`): What the caller calls the model, for the message.
+
     Raises:
-        `ValueError`: If diffusers has none.
+        `ValueError`: If diffusers has none, or none that this editor serves.
     """
     if class_name in EDITING_FAMILIES:
         return getattr(diffusers, class_name)
     found = _get_task_class(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, class_name, throw_error_if_not_exist=False)
-    if found is None:
-        raise ValueError(f"`model` is a {class_name}, which edits no pictures; expected the models of {_SERVED}.")
-    return found
+    # The mapping lacks Chroma, whose classes are called as the others are.
+    by_name = class_name if "Img2Img" in class_name else class_name.replace("Pipeline", "Img2ImgPipeline")
+    for cls in (found, *(getattr(diffusers, name, None) for name in (class_name, by_name))):
+        if isinstance(cls, type) and issubclass(cls, DiffusionPipeline) and _edits_pictures(cls):
+            return cls
+    if libraries := getattr(getattr(diffusers, by_name, None), "_backends", None):
+        # What diffusers has in the place of a class that it cannot import, as Kolors' without sentencepiece.
+        raise ValueError(f"{model} is a {class_name}, which needs {', '.join(libraries)}: not all are installed.")
+    raise ValueError(f"{model} is a {class_name}, which edits no pictures; expected the models of {_SERVED}.")
 
 
-def _editing_family(pipe: DiffusionPipeline) -> EditingFamily | None:
-    return next((EDITING_FAMILIES[c.__name__] for c in type(pipe).__mro__ if c.__name__ in EDITING_FAMILIES), None)
+def check_arguments(cls: type[DiffusionPipeline], arguments: Mapping[str, Any]) -> None:
+    """Raises for arguments of an edit that a pipeline's class does not take, before any work is done.
+
+    Args:
+        cls (`type`): The class.
+        arguments (`Mapping`): All that an edit is told beside the editor's own arguments.
+
+    Raises:
+        `ValueError` or `TypeError`: The message names argument and class.
+    """
+    name, takes = cls.__name__, _call_parameters(cls)
+    if "strength" in arguments and "strength" not in takes:
+        raise ValueError(
+            f"`strength` was passed, but {name} has none: it starts from noise, and sees the source beside it."
+        )
+    for embeds in ("prompt_embeds", "negative_prompt_embeds"):
+        pooled = f"{embeds.removesuffix('prompt_embeds')}pooled_prompt_embeds"
+        if arguments.get(embeds) is not None and pooled in takes and arguments.get(pooled) is None:
+            raise ValueError(f"`{embeds}` was passed without `{pooled}`, which {name} needs beside it.")
+    for argument in arguments:
+        if argument in _OWN_ARGUMENTS:
+            raise TypeError(f"`{argument}` cannot be passed: `LocalEditor` settles it.")
+        # Also where a pipeline has `**kwargs`: those are for what is deprecated, and it would pass over a slip.
+        if argument not in takes:
+            raise TypeError(f"`{argument}` is an argument of neither `LocalEditor` nor {name}.")
 
 
 def _check_pipeline(pipe) -> None:
     name = type(pipe).__name__
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"`pipe` has to be a loaded pipeline of diffusers, but is {name}.")
-    takes = inspect.signature(type(pipe).__call__).parameters
-    if "mask_image" in takes or (_editing_family(pipe) is None and not {"image", "strength"} <= takes.keys()):
+    if not _edits_pictures(type(pipe)):
         other = _image_to_image_class(name)
         way_out = f"; load its models as {other.__name__}: `{other.__name__}.from_pipe(pipe)`" if other else ""
-        kind = "has masks of its own" if "mask_image" in takes else "is not known to edit pictures"
+        has_masks = "mask_image" in _call_parameters(type(pipe))
+        kind = "has masks of its own" if has_masks else "is not known to edit pictures"
         raise ValueError(f"`pipe` is a {name}, which {kind}{way_out}. Expected {_SERVED}.")
-    if not hasattr(pipe, "vae") or not hasattr(pipe, "scheduler"):
-        raise ValueError(f"`pipe` is a {name}, which has no `vae` and `scheduler`. Expected {_SERVED}.")
     # A scheduler that cannot be masked is an error now, not after the mask was found.
     IEditMaskedScheduler.wrap(pipe.scheduler, None)
 
@@ -205,7 +254,8 @@ class LocalEditor(MaskFinderMixin):
             where = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
             where = {name: kwargs[name] for name in where if name in kwargs}
             source, config = model, DiffusionPipeline.load_config(model, **where)
-            if (loader := pipeline_class(config["_class_name"])).__name__ not in EDITING_FAMILIES:
+            loader: Any = pipeline_class(config["_class_name"])
+            if loader.__name__ not in EDITING_FAMILIES and loader in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values():
                 # It also finds the class that goes with a `controlnet`.
                 loader = AutoPipelineForImage2Image
             pipe = loader.from_pretrained(model, use_safetensors=True, **kwargs)
@@ -239,7 +289,7 @@ class LocalEditor(MaskFinderMixin):
     @property
     def _cell(self) -> int:
         """The side of what one cell of the mask decides on, in pixels."""
-        family = _editing_family(self.pipe)
+        family = _family_of(type(self.pipe))
         return self.pipe.vae_scale_factor * (1 if family is None else family.patch)
 
     @property
@@ -247,23 +297,16 @@ class LocalEditor(MaskFinderMixin):
         """What the sides of the model's pictures are multiples of, in pixels: transformers see 2 x 2 cells at once."""
         return self.pipe.vae_scale_factor * (2 if hasattr(self.pipe, "transformer") else 1)
 
-    def _check_call(self, pipeline_kwargs: dict[str, Any]) -> None:
-        """Raises for arguments that the pipeline does not take, before any work is done."""
-        name, takes = type(self.pipe).__name__, inspect.signature(type(self.pipe).__call__).parameters
-        if "strength" in pipeline_kwargs and "strength" not in takes:
-            raise ValueError(
-                f"`strength` was passed, but {name} has none: it starts from noise, and sees the source beside it."
-            )
-        for embeds in ("prompt_embeds", "negative_prompt_embeds"):
-            pooled = f"{embeds.removesuffix('prompt_embeds')}pooled_prompt_embeds"
-            if pipeline_kwargs.get(embeds) is not None and pooled in takes and pipeline_kwargs.get(pooled) is None:
-                raise ValueError(f"`{embeds}` was passed without `{pooled}`, which {name} needs beside it.")
-        for argument in pipeline_kwargs:
-            if argument in _OWN_ARGUMENTS:
-                raise TypeError(f"`{argument}` cannot be passed: `LocalEditor` settles it.")
-            # Also where a pipeline has `**kwargs`: those are for what is deprecated, and it would pass over a slip.
-            if argument not in takes:
-                raise TypeError(f"`{argument}` is an argument of neither `LocalEditor` nor {name}.")
+    def settled_resolution(self, size: tuple[int, int]) -> int | None:
+        """The longer side at which a picture of these two sides is edited whole, if the model wants one.
+
+        Returns:
+            `int`: In pixels; None for a model that edits pictures at their own size.
+        """
+        family = _family_of(type(self.pipe))
+        if family is None or family.area is None:
+            return None
+        return round(math.sqrt(family.area * max(size) / min(size)))
 
     @torch.no_grad()
     def __call__(
@@ -324,7 +367,7 @@ class LocalEditor(MaskFinderMixin):
         check_sizes(mask_given, padding_mask_crop, processing_resolution, output_type)
         if output_type == "latent":
             raise ValueError("`output_type` has to be 'pil', 'np' or 'pt': an edit is set back in pixels.")
-        self._check_call(pipeline_kwargs)
+        check_arguments(type(self.pipe), pipeline_kwargs)
 
         # 2. Read the sources
         photos = read_photos(image)
@@ -337,9 +380,9 @@ class LocalEditor(MaskFinderMixin):
             )
         photos = photos * batch_size if len(photos) == 1 else photos
         prompts = expand(prompt, batch_size, "prompt")
-        size, family = photos[0].size, _editing_family(self.pipe)
-        if padding_mask_crop is None and processing_resolution is None and family is not None and family.area:
-            processing_resolution = round(math.sqrt(family.area * max(size) / min(size)))
+        size = photos[0].size
+        if padding_mask_crop is None and processing_resolution is None:
+            processing_resolution = self.settled_resolution(size)
         num_results = pipeline_kwargs.get("num_images_per_prompt") or 1
         generator = pipeline_kwargs.get("generator")
         if isinstance(generator, list) and len(generator) != batch_size * num_results:
@@ -397,7 +440,7 @@ class LocalEditor(MaskFinderMixin):
             `tuple`: The pictures, like its pixels; whether the safety checker blacked each out, or None without one;
             and whether a callback interrupted the run.
         """
-        takes = inspect.signature(type(self.pipe).__call__).parameters
+        takes = _call_parameters(type(self.pipe))
         # As the model sees it: pipelines read PIL images alike, and these have 8 bits.
         pixels = (cut_out([cutout.photo], [cutout.region], cutout.size) * 255).round() / 255
         (source,) = to_output([pad_to_multiple(pixels, self._multiple, mode="replicate")[0]], "pil")
@@ -430,7 +473,7 @@ class LocalEditor(MaskFinderMixin):
 
     def _encode(self, source: Image.Image) -> torch.Tensor | None:
         """The source's latents as `wrap` takes them, (1, C, h, w), if the pipeline does not tell its scheduler."""
-        family = _editing_family(self.pipe)
+        family = _family_of(type(self.pipe))
         if family is None:
             return None
         pixels = self.pipe.image_processor.preprocess(source, source.height, source.width)

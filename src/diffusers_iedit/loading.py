@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from . import mini
 
@@ -32,6 +32,12 @@ SHIPPED_PIPELINES: dict[str, tuple[Path, dict[str, Path]]] = {
     "mini-base": (mini.model_path(), {"unet": mini.base_unet_path()}),
     "mini-sd3": (mini.model_path("sd3"), {}),
 }
+
+MASK_MODEL = "CIDAS/clipseg-rd64-refined"
+"""What finds masks for a model that has no mask model of its own."""
+
+CAPTIONER = "Salesforce/blip-image-captioning-large"
+"""What captions pictures for a model that has no captioner of its own."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -132,6 +138,13 @@ def _silent() -> Iterator[None]:
             library.set_verbosity(verbosity)
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def _from_hub(name: str, argument: str, shipped: Iterable[str], download: Callable[..., str | Path]) -> Path:
     """What `download` makes of a Hub id: the cache's copy where the Hub gives no answer within seconds.
 
@@ -139,7 +152,13 @@ def _from_hub(name: str, argument: str, shipped: Iterable[str], download: Callab
         HubError: If there is no such model, or if it cannot be had.
     """
     from huggingface_hub import constants, model_info
-    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     answer = None
     try:
@@ -151,11 +170,23 @@ def _from_hub(name: str, argument: str, shipped: Iterable[str], download: Callab
         with _silent():
             return Path(download(name, local_files_only=answer is not None))
     except Exception as error:
-        causes = (error, error.__cause__, answer)
-        if any(isinstance(cause, (RepositoryNotFoundError, HFValidationError)) for cause in causes):
-            reason = "the Hugging Face Hub has no such model, or needs you to log in for it"
+        causes = [*_causes(error), *_causes(answer)]
+
+        def is_due_to(*classes: type[Exception]) -> bool:
+            return any(isinstance(cause, classes) for cause in causes)
+
+        # Of a gated model the Hub tells everybody that it is there; its error is one of those that are not.
+        if is_due_to(GatedRepoError):
+            reason = (
+                "the Hugging Face Hub gives it only to those who have accepted its licence: accept it on"
+                f" {constants.ENDPOINT}/{name}, and log in with `hf auth login`"
+            )
+        elif is_due_to(RepositoryNotFoundError, HFValidationError):
+            reason = "the Hugging Face Hub has no such model, or needs you to log in for it (`hf auth login`)"
         elif isinstance(error, OSError) and error.errno is not None:
             reason = f"the cache cannot be written to ({error.strerror})"
+        elif is_due_to(RemoteEntryNotFoundError):
+            reason = f"what the Hugging Face Hub has lacks a file that is needed: {_one_line(error)}"
         elif answer is not None or isinstance(error, HTTPError):
             reason = "the Hugging Face Hub cannot be reached and the model is not in the cache"
         else:
@@ -164,13 +195,40 @@ def _from_hub(name: str, argument: str, shipped: Iterable[str], download: Callab
         raise HubError(f"{argument} {name!r}: there is no such folder, and {reason}{near}") from error
 
 
-def fetch(name: str | Path, argument: str, shipped: Path | None = None) -> Path:
+def read_index(name: str | Path, argument: str) -> dict:
+    """The `model_index.json` of a pipeline, which says of what class it and its components are.
+
+    Args:
+        name (`str` or `Path`): A Hub id, of which no other file is fetched, a folder, or what the package ships.
+        argument (`str`): As for `usable`.
+
+    Raises:
+        ValueError: If there is no such pipeline, or if the file does not name its class.
+    """
+    folder, _ = SHIPPED_PIPELINES.get(str(name), (None, {}))
+    if (folder := folder or find_pipeline(name, argument)) is None:
+
+        def download(name: str, **options) -> str:
+            from huggingface_hub import hf_hub_download
+
+            return hf_hub_download(name, "model_index.json", **options)
+
+        folder = _from_hub(str(name), argument, SHIPPED_PIPELINES, download).parent
+    with usable(argument, name, "pipeline"):
+        index = _read_config(folder / "model_index.json")
+        if not isinstance(index.get("_class_name"), str):
+            raise ValueError("model_index.json names no pipeline of diffusers (`_class_name`)")
+    return index
+
+
+def fetch(name: str | Path, argument: str, shipped: Path | None = None, subfolder: str = "") -> Path:
     """The folder of a model that is no pipeline. Of a Hub id it is a snapshot, named after its commit.
 
     Args:
         name (`str` or `Path`): A Hub id, a folder, or `mini`. Of a Hub id only safetensors, JSON and text are fetched.
         argument (`str`): As for `usable`.
         shipped (`Path`, *optional*): What `mini` stands for, if the package ships such a model.
+        subfolder (`str`): Where in the folder it lies; of a Hub id, no other files are fetched.
 
     Raises:
         ValueError: If there is no such model, or if it cannot be had.
@@ -179,15 +237,17 @@ def fetch(name: str | Path, argument: str, shipped: Path | None = None) -> Path:
     if shipped is not None and name in names:
         return shipped
     if (folder := find(name, argument, names)) is not None:
-        return folder
+        return folder / subfolder
 
     def download(name: str, **options) -> str:
         from huggingface_hub import snapshot_download
 
         # As one snapshot: file by file, transformers tries an unreachable Hub for minutes.
-        return snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"], **options)
+        kinds = ("*.json", "*.txt", "*.safetensors")
+        patterns = [f"{subfolder}/{kind}" if subfolder else kind for kind in kinds]
+        return snapshot_download(name, allow_patterns=patterns, **options)
 
-    return _from_hub(str(name), argument, names, download)
+    return _from_hub(str(name), argument, names, download) / subfolder
 
 
 def _read_config(file: Path) -> dict:
@@ -279,20 +339,55 @@ def _load(cls: type[_Pretrained], folder: Path, **options):
     return loaded
 
 
-def load(cls: type, name: str | Path, argument: str, shipped: Path | None = None, **options):
+def load(cls: type, name: str | Path, argument: str, shipped: Path | None = None, subfolder: str = "", **options):
     """A model, processor, tokenizer or scheduler of its own folder, from safetensors only, without code from the Hub.
 
     Args:
         cls (`type`): A class of transformers or diffusers with `from_pretrained`.
-        name, argument, shipped: As for `fetch`.
+        name, argument, shipped, subfolder: As for `fetch`.
         **options: For `from_pretrained` of a model: `dtype`.
 
     Raises:
         ValueError: If there is no such model, or if it is not all there.
     """
-    folder = fetch(name, argument, shipped)
+    folder = fetch(name, argument, shipped, subfolder)
     with usable(argument, name, cls.__name__):
         return _load(cls, folder, **options)
+
+
+def load_finder(part: Literal["mask_model", "captioner"], name: str | Path, index: dict, argument: str, dtype) -> dict:
+    """The mask model or the captioner that goes with a pipeline, and its processor.
+
+    Args:
+        part (`str`): Which of the two.
+        name (`str` or `Path`): The pipeline: a Hub id, a folder, or what the package ships.
+        index (`dict`): Its `model_index.json`. What it does not name is the mini's for a pipeline that the package
+            ships, and else `MASK_MODEL` or `CAPTIONER` from the Hub.
+        argument (`str`): As for `usable`.
+        dtype (`torch.dtype`): Of the model.
+
+    Returns:
+        `dict`: Both by the names that [`IEditPipeline`] and [`LocalEditor`] have for them.
+
+    Raises:
+        ValueError: If they cannot be had, or are not all there.
+    """
+    import transformers
+
+    processor, model_class, processor_class, usual, title = {
+        "mask_model": ("mask_processor", "CLIPSegForImageSegmentation", "CLIPSegProcessor", MASK_MODEL, "mask model"),
+        "captioner": ("caption_processor", "BlipForConditionalGeneration", "BlipProcessor", CAPTIONER, "captioner"),
+    }[part]
+    subfolders: tuple[str, str] = (part, processor)
+    if str(name) in SHIPPED_PIPELINES:
+        # They know the words of the mini world, whatever edits it.
+        name = mini.model_path()
+    elif index.get(part, [None])[0] is None:
+        name, argument, subfolders = usual, f"the {title}", ("", "")
+    return {
+        part: load(getattr(transformers, model_class), name, argument, subfolder=subfolders[0], dtype=dtype),
+        processor: load(getattr(transformers, processor_class), name, argument, subfolder=subfolders[1]),
+    }
 
 
 def _component_class(library: str, class_name: str) -> type | None:
