@@ -173,7 +173,7 @@ class Results:
 
 
 def _to_lines(rows: Iterable[dict[str, Any]]) -> bytes:
-    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 class Editor(Protocol):

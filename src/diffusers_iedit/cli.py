@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -707,13 +707,17 @@ def _settle_region(pipe: "IEditPipeline | LocalEditor", photo: "Photo", given: d
     return []
 
 
+def _check_padding(options: Iterable[str]):
+    if "padding_mask_crop" in options and not {"mask", *WHERE} & {*options}:
+        raise UserError("--crop-padding needs a mask: pass --mask, --mask-prompt or --source-prompt too")
+
+
 def _read_edit(args: argparse.Namespace) -> tuple[Image.Image, dict[str, Any]]:
     """The picture, and what of the options goes to the pipeline."""
     image = _read_image(args.image)
     _check_fits(image, args.output)
+    _check_padding(vars(args))
     given = {name: getattr(args, name) for name in EDIT_ARGUMENTS if hasattr(args, name)}
-    if "padding_mask_crop" in given and not any(hasattr(args, name) for name in ("mask", *WHERE)):
-        raise UserError("--crop-padding needs a mask: pass --mask, --mask-prompt or --source-prompt too")
     if hasattr(args, "mask"):
         given["mask_image"] = _read_image(args.mask)
     return image, given
@@ -879,17 +883,20 @@ def _parse_job(parser: _JobParser, defaults: dict[str, Any], values: dict[str, A
         if not isinstance(value, (str, int, float)):
             raise UserError(f"{key!r} has to be a text, a number or true, but is {value!r:.40}")
     argv = [f"--{key}" if value is True else f"--{key}={value}" for key, value in values.items()]
-    options, unknown = parser.parse_known_args(argv)
+    read, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(f"unknown key {unknown[0].removeprefix('--').partition('=')[0]!r}")
-    given = vars(options)
+        name = unknown[0].removeprefix("--").partition("=")[0]
+        raise UserError(f"unknown key {next((key for key in values if key.replace('_', '-') == name), name)!r}")
+    given = vars(read)
     if given["output"].suffix.lower() not in FORMATS:
         raise UserError(f"output {str(given['output'])!r} has to end in one of {', '.join(FORMATS)}")
     # Of what excludes each other, the job's is meant.
     for names in (("mask", *WHERE), ("padding_mask_crop", "whole_frame")):
         if any(name in given for name in names):
             defaults = {name: value for name, value in defaults.items() if name not in names}
-    return defaults | given
+    options = defaults | given
+    _check_padding(options)
+    return options
 
 
 def _batch(args: argparse.Namespace) -> tuple[str, str] | None:
