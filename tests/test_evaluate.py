@@ -141,12 +141,95 @@ def test_instruct_pix2pix_follows_the_instruction(models, examples, instruct):
     assert np.any(found != pixels(edit(name, instructed, models)))
 
 
+# LocalEditor on models of any family
+
+
+@pytest.mark.parametrize("name", ["editor:mini-sd3", "editor-m:mini-sd3", "editor:mini-base", "editor-m:mini-base"])
+def test_an_editor_edits_pictures_alone_as_together(name, models, examples):
+    together = edit(name, examples, models)
+    assert [image.size for image in together] == [(64, 64)] * 3
+    assert np.abs(pixels(together) - pixels([example.image for example in examples])).max() > 30
+    assert np.array_equal(pixels(edit(name, examples[1:2], models, seeds=[1])), pixels(together[1:2]))
+
+
+def test_an_editor_keeps_what_lies_outside_the_given_mask_or_the_predicted_one(models, examples):
+    given, predicted = (edit(f"{name}:mini-sd3", examples, models) for name in ("editor", "editor-m"))
+    assert outside(examples, given).max() == 0
+    kept = (np.abs(pixels(predicted) - pixels([example.image for example in examples])).max(-1) == 0).mean()
+    assert 0.2 < kept < 1
+    wider = edit("editor-m:mini-sd3@mask_dilation=6", examples, models)
+    assert kept > (np.abs(pixels(wider) - pixels([example.image for example in examples])).max(-1) == 0).mean()
+
+
+@pytest.mark.parametrize("mask", ["given", "m"])
+def test_on_the_same_models_an_editor_is_sdedit_with_the_same_noise(models, examples, mask):
+    ours = edit("editor:mini-base" if mask == "given" else "editor-m:mini-base", examples, models)
+    assert np.abs(pixels(ours) - pixels(edit(f"sdedit-{mask}", examples, models))).max() <= 2
+
+
+def test_a_model_without_a_strength_is_told_the_instruction(models, examples, instruct):
+    name = f"editor:{instruct}@num_inference_steps=2"
+    other = [example.__class__(**{**vars(example), "edit_prompt": "a hat"}) for example in examples[:1]]
+    instructed = [example.__class__(**{**vars(example), "instruction": "remove all"}) for example in examples[:1]]
+    found = pixels(edit(name, examples[:1], models))
+    np.testing.assert_array_equal(found, pixels(edit(name, other, models)))
+    assert np.any(found != pixels(edit(name, instructed, models)))
+    np.testing.assert_array_equal(found, pixels(edit(f"{name}@strength=0.2", examples[:1], models)))
+    assert np.any(found != pixels(edit(f"{name}@guidance_scale=9", examples[:1], models)))
+
+
+def test_a_scheduler_that_is_set_for_one_variant_is_no_other_ones(models, examples, instruct):
+    for name in (f"editor:{instruct}", f"instruct-pix2pix@instruct_model={instruct}"):
+        plain = pixels(edit(name, examples[:1], models))
+        assert np.any(plain != pixels(edit(f"{name}@scheduler=EulerDiscreteScheduler", examples[:1], models)))
+        np.testing.assert_array_equal(plain, pixels(edit(name, examples[:1], models)))
+
+
+def test_an_evaluation_compares_backbones_and_goes_on(tmp_path, instruct):
+    methods = f"sdedit-given,editor:mini-sd3,editor-m:mini-sd3,editor:{instruct}"
+    options = ("--num-examples", 1, "--strengths", "0.3", "--metrics", "ssim_not_m,background_equal")
+    assert run(tmp_path / "out", *options, methods=methods) == 0
+    results = read(tmp_path / "out")
+    assert set(results["hashes"]["models"]) == {"mini-base", "mini-sd3", str(instruct)}
+    curves = [name for name in results["variants"] if "@" in name]
+    assert curves == [f"{name}@strength=0.3" for name in ("sdedit-given", "editor:mini-sd3", "editor-m:mini-sd3")]
+    variant = results["variants"]["editor:mini-sd3"]
+    assert variant["title"] == "LocalEditor, given mask, editor model mini-sd3"
+    assert variant["given_mask"]
+    for example in results["examples"]:
+        assert example["results"]["editor:mini-sd3"]["background_equal"] == 1
+    assert run(tmp_path / "out", *options, methods=methods) == 0
+    assert read(tmp_path / "out") == results
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("editor", "There is no method 'editor'. There are sdedit, "),
+        ("editor:", "There is no method 'editor:'. There are sdedit, "),
+        ("editor:mini-sd4", "The model of `editor` 'mini-sd4': there is no such folder or model"),
+        ("editor:video", "The model of `editor` 'video' is a WanPipeline, which edits no pictures; expected"),
+        ("editor-m:control", "StableDiffusionControlNetImg2ImgPipeline, which needs a `control_image`"),
+    ],
+)
+def test_an_editor_without_a_model_that_edits_is_an_error(tmp_path, monkeypatch, capsys, method, message):
+    monkeypatch.chdir(tmp_path)
+    for name, class_name in (("video", "WanPipeline"), ("control", "StableDiffusionControlNetPipeline")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text(json.dumps({"_class_name": class_name}))
+    assert run(tmp_path / "out", methods=method) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("iedit evaluate: error: ")
+    assert message in last
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_picture_of_any_size_comes_back_in_its_size(models, examples):
     wide = [
         example.__class__(**{**vars(example), "image": example.image.resize((83, 70))}) for example in examples[:1]
     ]
     wide = [example.__class__(**{**vars(example), "mask": example.mask.resize((83, 70))}) for example in wide]
-    for name in ("sdedit", "blended", "iedit-m"):
+    for name in ("sdedit", "blended", "iedit-m", "editor:mini-sd3"):
         assert [image.size for image in edit(name, wide, models)] == [(83, 70)]
 
 

@@ -11,8 +11,9 @@ import pytest
 import tiny_models
 import torch
 from diffusers import ModularPipelineBlocks, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from families import FAMILIES
 from notebook import code_cells, outputs_of
-from PIL import Image
+from PIL import Image, ImageChops
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -50,6 +51,49 @@ def test_edit_photo(folder, run):
     difference = changed("in.png", "edited.png")
     assert difference.any()
     assert not difference[np.asarray(Image.open("mask.png")) == 0].any()
+
+
+def only_the_mask_changed():
+    difference, marked = changed("in.png", "edited.png"), np.asarray(Image.open("mask.png")) > 0
+    return difference[marked].mean() > 0.5 and not difference[~marked].any()
+
+
+def test_edit_sdxl(folder, run):
+    StableDiffusionXLImg2ImgPipeline(**tiny_models.sdxl_components()).save_pretrained("model")
+    arguments = ("in.png", "a blue car", "edited.png", "--model", "model", "--padding", "8")
+    run("edit_sdxl.py", *arguments, "--mask", "mask.png", "--steps", "4")
+    assert only_the_mask_changed()
+    for finder in tiny_models.clipseg():
+        finder.save_pretrained("mask_model")
+    words = ("--mask-prompt", "car", "--mask-model", "mask_model", "--mask-threshold", "0.3")
+    run("edit_sdxl.py", *arguments, *words, "--num_inference_steps", "4")
+    assert changed("in.png", "edited.png").any()
+
+
+def test_edit_flux(folder, run):
+    FAMILIES["flux"].pipe().save_pretrained("model")
+    run("edit_flux.py", *PHOTO, "--model", "model", "--padding", "8", "--resolution", "64")
+    assert only_the_mask_changed()
+
+
+def test_edit_kontext(folder, run):
+    FAMILIES["flux-kontext"].pipe().save_pretrained("model")
+    run("edit_kontext.py", *PHOTO, "--model", "model", "--padding", "8", "--resolution", "64")
+    assert only_the_mask_changed()
+
+
+def test_edit_several(folder, run):
+    StableDiffusionXLImg2ImgPipeline(**tiny_models.sdxl_components()).save_pretrained("model")
+    masks = [Image.new("L", (64, 48)) for _ in range(2)]
+    masks[0].paste(255, (0, 0, 24, 24))
+    masks[1].paste(255, (16, 16, 64, 32))
+    edits = []
+    for number, mask in enumerate(masks):
+        mask.save(f"mask-{number}.png")
+        edits += ["--edit", f"mask-{number}.png", "a blue car"]
+    run("edit_several.py", "in.png", "edited.png", *edits, "--model", "model", "--padding", "4", "--steps", "4")
+    ImageChops.lighter(*masks).save("mask.png")
+    assert only_the_mask_changed()
 
 
 def test_local_sdxl(folder, run):

@@ -305,8 +305,10 @@ def build_parser() -> argparse.ArgumentParser:
         action="extend",
         metavar="NAMES",
         help="joined by commas: sdedit, sdedit-m, sdedit-given, iedit, iedit-m, iedit-given, blended, inpaint,"
-        " instruct-pix2pix, or module:Class; NAME@SETTING=VALUE changes a setting for one of them; differences are"
-        " taken from the first (default: sdedit,sdedit-m,iedit,iedit-m)",
+        " instruct-pix2pix, module:Class, or editor:MODEL and editor-m:MODEL, which edit with any image-to-image or"
+        " editing model (a Hub id, a folder or mini-sd3) in the given mask and in the predicted one;"
+        " NAME@SETTING=VALUE changes a setting for one of them; differences are taken from the first (default:"
+        " sdedit,sdedit-m,iedit,iedit-m)",
     )
     add("split", metavar="NAME", help="of the data")
     add("num-examples", type=_COUNT, metavar="N", help="take only the first of each group")
@@ -558,18 +560,6 @@ def _choose_device(device: str | None, dtype: str | None, of_transformer: bool) 
     return device, getattr(torch, dtype or usual)
 
 
-def _editing_class(name: str, index: dict[str, Any], arguments: dict[str, Any]) -> "type[DiffusionPipeline]":
-    """The class that edits with the models of `--model`, if these are not Stable Diffusion; it takes the arguments."""
-    from .editor import check_arguments, pipeline_class
-
-    cls = pipeline_class(index["_class_name"], f"--model {name!r}")
-    takes = inspect.signature(cls.__call__).parameters
-    if "control_image" in takes:
-        raise UserError(f"--model {name!r} is a {cls.__name__}, which needs a `control_image`: see `LocalEditor`")
-    check_arguments(cls, arguments)
-    return cls
-
-
 def _load_pipeline(
     name: str,
     device: str | None,
@@ -594,8 +584,11 @@ def _load_pipeline(
     if index["_class_name"] not in STABLE_DIFFUSION:
         from diffusers import StableDiffusionImg2ImgPipeline
 
+        from .editor import check_arguments, class_for_prompts
+
         with _model_errors():
-            cls = _editing_class(name, index, arguments)
+            cls = class_for_prompts(index, f"--model {name!r}")
+            check_arguments(cls, arguments)
         cls = IEditPipeline if cls is StableDiffusionImg2ImgPipeline else cls
     of_transformer = "transformer" in inspect.signature(cls.__init__).parameters
     device, dtype = _choose_device(device, dtype_name, of_transformer)

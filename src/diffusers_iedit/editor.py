@@ -126,6 +126,14 @@ def pipeline_class(class_name: str, model: str = "`model`") -> type[DiffusionPip
     raise ValueError(f"{model} is a {class_name}, which edits no pictures; expected the models of {_SERVED}.")
 
 
+def class_for_prompts(index: dict[str, Any], model: str) -> type[DiffusionPipeline]:
+    """As `pipeline_class`, of a whole `model_index.json`; what needs a control image beside the prompt is refused."""
+    cls = pipeline_class(index["_class_name"], model)
+    if "control_image" in _call_parameters(cls):
+        raise ValueError(f"{model} is a {cls.__name__}, which needs a `control_image`; `LocalEditor` takes one.")
+    return cls
+
+
 def check_arguments(cls: type[DiffusionPipeline], arguments: Mapping[str, Any]) -> None:
     """Raises for arguments of an edit that a pipeline's class does not take, before any work is done.
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from common import to_tensor
 from diffusers import (
     AutoencoderTiny,
@@ -17,7 +16,6 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
 )
-from PIL import Image
 from train_captioner import measure as measure_captions
 from train_clip import embed_images, embed_texts
 from train_clipseg import measure as measure_masks
@@ -26,7 +24,7 @@ from train_vae import decibels
 from train_vgg import to_images
 from transformers import CLIPModel, CLIPTokenizer
 
-from diffusers_iedit import IEditMaskedScheduler, IEditPipeline, mini
+from diffusers_iedit import IEditPipeline, LocalEditor, mini
 from diffusers_iedit.losses import VGG16Features, noise_latents, perceptual_loss, predict_latents
 from diffusers_iedit.mini import COLOURS, NOUNS, Scene
 from diffusers_iedit.mini.judging import Judge
@@ -234,20 +232,24 @@ def ask_for_edit(scene: Scene, number: int) -> Scene:
     return scene.swap(colour=colours[(number // 2) % len(colours)])
 
 
-def measure_edits(pipe: IEditPipeline, judge: Judge, count: int, part: str, **settings) -> list[Result]:
-    """An edit counts if the judge sees the thing and the colour of the prompt where the old thing was."""
-    pipe.set_progress_bar_config(disable=True)
+def measure_edits(
+    editor: IEditPipeline | LocalEditor, judge: Judge, count: int, part: str, bar: float | None, **settings
+) -> list[Result]:
+    """An edit counts if the judge sees the thing and the colour of the prompt where the old thing was.
+
+    Without a bar, the mask is the one that words find.
+    """
     results = []
     for name, group in groups(count).items():
         targets = [ask_for_edit(scene, number) for number, scene in enumerate(group)]
         right, background = [], 0
         for start in range(0, count, 32):
             sources, wanted = group[start : start + 32], targets[start : start + 32]
-            if part == "edit":
+            if bar is not None:
                 where = {"mask_image": [scene.mask for scene in sources]}
             else:
                 where = {"mask_prompt": [scene.thing.name for scene in sources]}
-            output = pipe(
+            output = editor(
                 image=[scene.image for scene in sources],
                 prompt=[scene.caption for scene in wanted],
                 generator=[torch.Generator().manual_seed(start + number) for number in range(len(sources))],
@@ -262,7 +264,6 @@ def measure_edits(pipe: IEditPipeline, judge: Judge, count: int, part: str, **se
                 change = np.abs(np.asarray(image).astype(int) - np.asarray(source.image).astype(int))
                 background = max(background, change[np.asarray(mask) == 0].max())
         things, colours = float(np.mean(right[::2])), float(np.mean(right[1::2]))
-        bar = 0.8 if part == "edit" else None
         results.append(Result(part, f"success, {name}", float(np.mean(right)), bar))
         results.append(Result(part, f"  of swaps of the thing, {name}", things))
         results.append(Result(part, f"  of swaps of the colour, {name}", colours))
@@ -271,53 +272,6 @@ def measure_edits(pipe: IEditPipeline, judge: Judge, count: int, part: str, **se
 
 
 @torch.no_grad()
-def measure_sd3_edits(pipe: StableDiffusion3Img2ImgPipeline, judge: Judge, count: int) -> list[Result]:
-    """Edits with the stock pipeline and a masked scheduler, the picture outside of the true mask set back afterwards.
-
-    The latents outside the mask have to be the source's already before that.
-    """
-    pipe.set_progress_bar_config(disable=True)
-    scheduler, config = pipe.scheduler, pipe.vae.config
-    results = []
-    for name, group in groups(count).items():
-        targets = [ask_for_edit(scene, number) for number, scene in enumerate(group)]
-        right, in_latents, in_pixels = [], 0.0, 0
-        for start in range(0, count, 32):
-            sources, wanted = group[start : start + 32], targets[start : start + 32]
-            masks = [scene.mask for scene in sources]
-            images = to_tensor(np.stack([np.asarray(scene.image) for scene in sources]))
-            source = (pipe.vae.encode(images).latent_dist.mode() - config.shift_factor) * config.scaling_factor
-            pipe.scheduler = IEditMaskedScheduler.wrap(scheduler, masks)
-            latents = pipe(
-                prompt=[scene.caption for scene in wanted],
-                image=source,
-                strength=0.7,
-                guidance_scale=3.0,
-                num_inference_steps=28,
-                generator=[torch.Generator().manual_seed(start + number) for number in range(len(sources))],
-                output_type="latent",
-            ).images
-            outside = F.adaptive_max_pool2d(pipe.scheduler.mask, latents.shape[-2:]) == 0
-            in_latents = max(in_latents, ((latents - source) * outside).abs().max().item())
-
-            decoded = pipe.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
-            edited = [
-                Image.composite(image, scene.image, scene.mask)
-                for image, scene in zip(pipe.image_processor.postprocess(decoded), sources, strict=True)
-            ]
-            for scene, target, image, verdict in zip(sources, wanted, edited, judge.look(edited, masks), strict=True):
-                right.append((verdict.noun, verdict.colour) == (target.thing.noun, target.thing.colour))
-                change = np.abs(np.asarray(image).astype(int) - np.asarray(scene.image).astype(int))
-                in_pixels = max(in_pixels, change[np.asarray(scene.mask) == 0].max())
-        results.append(Result("sd3_edit", f"success, {name}", float(np.mean(right)), 0.95))
-        results.append(Result("sd3_edit", f"  of swaps of the thing, {name}", float(np.mean(right[::2]))))
-        results.append(Result("sd3_edit", f"  of swaps of the colour, {name}", float(np.mean(right[1::2]))))
-        for what, change in (("latents", in_latents), ("pixels", in_pixels)):
-            results.append(Result("sd3_edit", f"  change outside, {what}, {name}", float(change), 0, at_most=True))
-    pipe.scheduler = scheduler
-    return results
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=mini.model_path(), help="the pipeline's folder")
@@ -340,7 +294,9 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     pipe = IEditPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
     sd3 = StableDiffusion3Img2ImgPipeline.from_pretrained(args.sd3)
+    sd3.set_progress_bar_config(disable=True)
     judge = Judge.from_pretrained(args.judge)
     names = ("strength", "guidance_scale", "num_inference_steps", "mask_dilation")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -355,8 +311,8 @@ def main() -> None:
         "text_to_image": lambda: measure_text_to_image(
             stable_diffusion(pipe), judge, args.scenes, "text_to_image", args.text_guidance, {"one": 0.85}
         ),
-        "edit": lambda: measure_edits(pipe, judge, args.scenes, "edit", **settings),
-        "edit_found_mask": lambda: measure_edits(pipe, judge, args.scenes, "edit_found_mask", **settings),
+        "edit": lambda: measure_edits(pipe, judge, args.scenes, "edit", 0.8, **settings),
+        "edit_found_mask": lambda: measure_edits(pipe, judge, args.scenes, "edit_found_mask", None, **settings),
         "sd3_text_to_image": lambda: measure_text_to_image(
             StableDiffusion3Pipeline(**sd3.components),
             judge,
@@ -365,7 +321,16 @@ def main() -> None:
             args.text_guidance,
             {"one": 0.95, "two": 0.95},
         ),
-        "sd3_edit": lambda: measure_sd3_edits(sd3, judge, args.scenes),
+        "sd3_edit": lambda: measure_edits(
+            LocalEditor(sd3),
+            judge,
+            args.scenes,
+            "sd3_edit",
+            0.95,
+            strength=0.7,
+            guidance_scale=3.0,
+            num_inference_steps=28,
+        ),
     }
     results = []
     for part in args.parts:

@@ -327,7 +327,7 @@ def measure(model: CLIPSegForImageSegmentation, processor: CLIPSegProcessor, sce
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_run_arguments(parser, steps=6_000, batch_size=32, learning_rate=8e-4, precision="bf16")
+    add_run_arguments(parser, steps=4_500, batch_size=32, learning_rate=8e-4, precision="bf16")
     parser.add_argument("--clip", type=Path, help="folder of the mini CLIP; by default what train_clip.py left behind")
     args = parser.parse_args()
 

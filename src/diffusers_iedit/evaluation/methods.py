@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -22,7 +24,8 @@ from diffusers import (
 from diffusers.utils import numpy_to_pil
 from PIL import Image
 
-from ..loading import load_pipeline
+from ..editor import LocalEditor, class_for_prompts
+from ..loading import load_finder, load_pipeline, read_index
 from ..pipeline import IEditPipeline
 from .data import Example
 
@@ -77,6 +80,7 @@ class Settings:
         base_model (`str`, *optional*): What it was fine-tuned from, for the methods without fine-tuning; by default
             what [`find_base`] finds.
         instruct_model (`str`, *optional*): An InstructPix2Pix pipeline.
+        editor_model (`str`, *optional*): The pipeline of `editor:MODEL` and `editor-m:MODEL`, which name it.
         strength (`float`): In (0, 1].
         guidance_scale (`float`): Of the prompt.
         image_guidance_scale (`float`): Of the image, in InstructPix2Pix.
@@ -88,6 +92,7 @@ class Settings:
     model: str = DEFAULT_MODEL
     base_model: str | None = None
     instruct_model: str | None = None
+    editor_model: str | None = None
     strength: float = 0.7
     guidance_scale: float = 7.5
     image_guidance_scale: float = 1.5
@@ -118,9 +123,11 @@ class Models:
     def __init__(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         self.device, self.dtype = device, dtype
         self._loaded: dict[str, DiffusionPipeline] = {}
+        self._indices: dict[str, dict] = {}
+        self._finders: dict[str, dict] = {}
 
     def load(self, cls: type[DiffusionPipeline], name: str, argument: str = "`model`") -> DiffusionPipeline:
-        """As [`~diffusers_iedit.loading.load_pipeline`]: a Hub id, a folder, `mini`, or `mini-base`.
+        """As [`~diffusers_iedit.loading.load_pipeline`]: a Hub id, a folder, or what the package ships.
 
         No safety checker takes part: it would black out pictures, which would then be measured.
 
@@ -128,9 +135,10 @@ class Models:
             ValueError: If there is no such model, if it is not of this kind, or if it is not all there.
         """
         if name not in self._loaded:
-            pipe = load_pipeline(
-                cls, name, argument, dtype=self.dtype, safety_checker=None, requires_safety_checker=False
-            )
+            no_checker = {"safety_checker": None, "requires_safety_checker": False}
+            takes = inspect.signature(cls.__init__).parameters
+            no_checker = {part: value for part, value in no_checker.items() if part in takes}
+            pipe = load_pipeline(cls, name, argument, dtype=self.dtype, **no_checker)
             self._loaded[name] = pipe.to(self.device)
         return self._loaded[name]
 
@@ -142,10 +150,35 @@ class Models:
             components = {part: component for part, component in components.items() if part not in ours}
         return _prepare(cls(**components, requires_safety_checker=False), scheduler)
 
+    def editor(self, name: str, scheduler: str | None = None, finds_mask: bool = False) -> LocalEditor:
+        """An editor on a pipeline of any family, which shares the models of a Stable Diffusion with all pipelines.
+
+        Raises:
+            ValueError: If there is no such model, if it edits no pictures by a prompt, if its scheduler cannot be
+                masked, or if it is not all there.
+        """
+        argument = "The model of `editor`"
+        if name not in self._indices:
+            self._indices[name] = read_index(name, argument)
+        cls = class_for_prompts(self._indices[name], f"{argument} {name!r}")
+        if cls is StableDiffusionImg2ImgPipeline:
+            self.load(IEditPipeline, name, argument)
+            pipe = self.pipeline(cls, name, scheduler)
+        else:
+            pipe = _prepare(copy.copy(self.load(cls, name, argument)), scheduler)
+        if finds_mask and name not in self._finders:
+            finders = load_finder("mask_model", name, self._indices[name], argument, self.dtype)
+            finders["mask_model"].to(self.device)
+            self._finders[name] = finders
+        try:
+            return LocalEditor(pipe, **self._finders.get(name, {}))
+        except TypeError as error:
+            raise ValueError(f"{argument} {name!r}: {error}") from error
+
     def weights_hash(self, name: str) -> str:
-        """SHA-256 of the weights of a loaded model's UNet."""
-        content = hashlib.sha256()
-        for values in self._loaded[name].unet.state_dict().values():
+        """SHA-256 of the weights of a loaded model's UNet or transformer."""
+        content, pipe = hashlib.sha256(), self._loaded[name]
+        for values in (pipe.unet if hasattr(pipe, "unet") else pipe.transformer).state_dict().values():
             content.update(values.float().cpu().numpy().tobytes())
         return content.hexdigest()
 
@@ -176,6 +209,10 @@ class Method:
     def __init__(self, models: Models):
         self.models = models
 
+    def has_strength(self, settings: Settings) -> bool:
+        """Whether `strength` makes a difference, so that there are curves of it."""
+        return True
+
     def load(self, settings: Settings) -> None:
         """Loads what it uses, so that a model that is not there is found before any work is done."""
         for use in self.uses:
@@ -205,7 +242,7 @@ class Method:
 
     @staticmethod
     def run(
-        pipe: DiffusionPipeline,
+        pipe: DiffusionPipeline | LocalEditor,
         examples: list[Example],
         settings: Settings,
         generators: list[torch.Generator],
@@ -247,13 +284,16 @@ class SDEdit(Method):
         return self.run(pipe, examples, settings, generators)
 
 
-class _IEditMethod(Method):
-    """`IEditPipeline` with one of the models and one of the ways to a mask."""
+class _MaskedMethod(Method):
+    """An edit in the given mask, in the one that CLIPSeg predicts if it is `masked`, or without one."""
 
     masked = False
 
+    def edit(self, examples, settings, generators, **where) -> list[Image.Image]:
+        """As `__call__`, told where to edit."""
+        raise NotImplementedError
+
     def __call__(self, examples, settings, generators):
-        pipe = self.models.pipeline(IEditPipeline, getattr(settings, self.uses[0]), settings.scheduler)
         if self.given_mask:
             where = {"mask_image": [example.mask for example in examples]}
         elif self.masked and all(example.source_term for example in examples):
@@ -266,6 +306,14 @@ class _IEditMethod(Method):
             where = {}
         if where:
             where["mask_dilation"] = settings.mask_dilation
+        return self.edit(examples, settings, generators, **where)
+
+
+class _IEditMethod(_MaskedMethod):
+    """`IEditPipeline` with one of the models and one of the ways to a mask."""
+
+    def edit(self, examples, settings, generators, **where):
+        pipe = self.models.pipeline(IEditPipeline, getattr(settings, self.uses[0]), settings.scheduler)
         return self.run(pipe, examples, settings, generators, **where)
 
 
@@ -327,6 +375,9 @@ class Inpainting(BlendedDiffusion):
 
     title = "Inpainting from noise"
 
+    def has_strength(self, settings):
+        return False
+
     def __call__(self, examples, settings, generators):
         return super().__call__(examples, replace(settings, strength=1.0), generators)
 
@@ -337,14 +388,68 @@ class InstructPix2Pix(Method):
     title = "InstructPix2Pix"
     uses = ("instruct_model",)
 
+    def has_strength(self, settings):
+        return False
+
     def load(self, settings):
         self.models.load(StableDiffusionInstructPix2PixPipeline, settings.instruct_model, "`instruct_model`")
 
     def __call__(self, examples, settings, generators):
         pipe = self.models.load(StableDiffusionInstructPix2PixPipeline, settings.instruct_model)
         names = ("guidance_scale", "image_guidance_scale", "num_inference_steps")
-        pipe = _prepare(pipe, settings.scheduler)
+        pipe = _prepare(copy.copy(pipe), settings.scheduler)
         return self.run(pipe, examples, settings, generators, prompt="instruction", arguments=names)
+
+
+class _EditorMethod(_MaskedMethod):
+    """`LocalEditor` on a model of any family, which edits at the model's own size, with one of the ways to a mask.
+
+    A model that has a strength is told the edit prompt, any other one the instruction. Settings that its pipeline does
+    not take are left out.
+    """
+
+    uses = ("editor_model",)
+
+    def _editor(self, settings: Settings) -> LocalEditor:
+        return self.models.editor(settings.editor_model, settings.scheduler, finds_mask=self.masked)
+
+    def load(self, settings):
+        self._editor(settings)
+
+    def has_strength(self, settings):
+        return "strength" in inspect.signature(type(self._editor(settings).pipe).__call__).parameters
+
+    def edit(self, examples, settings, generators, **where):
+        editor = self._editor(settings)
+        takes = inspect.signature(type(editor.pipe).__call__).parameters
+        names = ("strength", "guidance_scale", "image_guidance_scale", "num_inference_steps")
+        resolution = editor.settled_resolution(examples[0].image.size) or editor.native_resolution
+        return self.run(
+            editor,
+            examples,
+            settings,
+            generators,
+            prompt="edit_prompt" if "strength" in takes else "instruction",
+            arguments=tuple(name for name in names if name in takes),
+            processing_resolution=resolution,
+            **where,
+        )
+
+
+class EditorGiven(_EditorMethod):
+    """`LocalEditor` in the given mask."""
+
+    title = "LocalEditor, given mask"
+    given_mask = True
+
+
+class EditorM(_EditorMethod):
+    """`LocalEditor` in the mask that CLIPSeg predicts: the model's own, the mini's for what the package ships, or the
+    usual one from the Hub.
+    """
+
+    title = "LocalEditor"
+    masked = True
 
 
 METHODS = {
@@ -358,6 +463,9 @@ METHODS = {
     "inpaint": Inpainting,
     "instruct-pix2pix": InstructPix2Pix,
 }
+
+EDITORS = {"editor": EditorGiven, "editor-m": EditorM}
+"""Methods that a model is named with: `editor:MODEL`."""
 
 
 @dataclass(frozen=True)
@@ -392,7 +500,8 @@ def parse_variant(text: str, settings: Settings) -> Variant:
     """A variant from its name: `METHOD`, or `METHOD@SETTING=VALUE@SETTING=VALUE`.
 
     Args:
-        text (`str`): METHOD is one of `METHODS`, or `module:Class` for a subclass of [`Method`].
+        text (`str`): METHOD is one of `METHODS`, one of `EDITORS` with a model, as in `editor:mini-sd3`, or
+            `module:Class` for a subclass of [`Method`].
         settings ([`Settings`]): What holds unless the name says otherwise.
 
     Raises:
@@ -400,8 +509,12 @@ def parse_variant(text: str, settings: Settings) -> Variant:
             is not named.
     """
     method, *parts = text.split("@")
-    if ":" in method:
-        module, _, name = method.partition(":")
+    module, _, name = method.partition(":")
+    changes: dict = {}
+    if module in EDITORS and name:
+        method_class: type[Method] = EDITORS[module]
+        changes["editor_model"] = name
+    elif ":" in method and module not in EDITORS:
         try:
             method_class = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
@@ -411,12 +524,12 @@ def parse_variant(text: str, settings: Settings) -> Variant:
     elif method in METHODS:
         method_class = METHODS[method]
     else:
-        raise ValueError(f"There is no method {method!r}. There are {', '.join(METHODS)}, and module:Class.")
+        known = ", ".join([*METHODS, *(f"{editor}:MODEL" for editor in EDITORS)])
+        raise ValueError(f"There is no method {method!r}. There are {known}, and module:Class.")
 
     kinds: dict[str, type] = {
         field.name: str if field.default is None else type(field.default) for field in fields(Settings)
     }
-    changes = {}
     for part in parts:
         key, _, value = part.partition("=")
         if key not in kinds:

@@ -302,24 +302,25 @@ def evaluate(
     device = engine.state.device
     examples = load_examples(data, split)
     variants = [parse_variant(name, settings) for name in dict.fromkeys(methods)]
+    models = Models(device, dtype)
     curves = [
         parse_variant(f"{variant.name}@strength={strength}", settings)
         for variant in variants
-        if "@" not in variant.name and variant.method not in ("inpaint", "instruct-pix2pix")
         for strength in strengths
         if strength != settings.strength
+        and "@" not in variant.name
+        and variant.method_class(models).has_strength(variant.settings)
     ]
     if data == "mini":
         networks = dict.fromkeys(DEFAULT_MODELS, "mini") | (networks or {})
     metrics_taken = Metrics(metrics, Networks(networks, device))
-    models = Models(device, dtype)
     built = {variant.name: variant.method_class(models) for variant in (*variants, *curves)}
 
     weights: dict[str, str] = {}
     for variant in (*variants, *curves):
-        for name in set(variant.models) - weights.keys():
-            built[variant.name].load(variant.settings)
-            weights[name] = models.weights_hash(name)
+        # Each, as variants with the same models may need other parts of them.
+        built[variant.name].load(variant.settings)
+        weights |= {name: models.weights_hash(name) for name in variant.models if name not in weights}
 
     config = asdict(settings) | {"data": data, "split": split, "data_hash": examples.fingerprint, "seed": seed}
     config |= {"num_examples": num_examples, "num_curve_examples": num_curve_examples, "batch_size": batch_size}
