@@ -5,6 +5,7 @@
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -17,11 +18,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as DataImage
 from PIL import Image
 from test_build_reliability import small_disk  # noqa: F401
 
 from diffusers_iedit import IEditPipeline, cli, mini
-from diffusers_iedit.batch import Results
+from diffusers_iedit.batch import Results, open_source
 from diffusers_iedit.resuming import lock_folder
 
 
@@ -203,6 +206,52 @@ def test_the_bar_shows_rate_and_time_left(jobs_file, tmp_path, capfd):
     assert "it/s" not in err
 
 
+# Data sets
+
+
+@pytest.fixture(scope="module")
+def data_set(pictures, tmp_path_factory):
+    """A folder with the plain jobs as a data set."""
+    columns = {"prompt": [PROMPT] * 6, "seed": [*range(1, 6), None]}
+    features = {"prompt": Value("string"), "seed": Value("int64")}
+    for column, ending in (("image", ""), ("mask", "-mask")):
+        files = [pictures / f"{n}{ending}.png" for n in range(6)]
+        columns[column] = [{"bytes": file.read_bytes(), "path": None} for file in files]
+        features[column] = DataImage()
+    folder = tmp_path_factory.mktemp("sets") / "jobs"
+    (folder / "data").mkdir(parents=True)
+    Dataset.from_dict(columns, features=Features(features)).to_parquet(folder / "data/train-00000-of-00001.parquet")
+    return folder
+
+
+def test_the_rows_of_a_data_set_are_jobs_too(data_set, tmp_path, undisturbed, edits):
+    assert batch(data_set, tmp_path / "out") == 0
+    assert outputs(tmp_path / "out") == outputs(undisturbed)
+    assert settled(tmp_path / "out") == settled(undisturbed)
+    edits.clear()
+    assert batch(data_set, tmp_path / "out") == 0
+    assert edits == []
+
+
+def test_a_data_set_is_known_by_the_same_name_in_another_process(data_set):
+    code = f"from diffusers_iedit.batch import open_source; print(open_source({str(data_set)!r}).fingerprint)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split()[-1] == open_source(str(data_set)).fingerprint
+
+
+def test_a_path_in_a_data_set_is_not_read(tmp_path, capsys):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.jsonl").write_text('{"image": "/etc/hostname", "prompt": "a red cat"}\n')
+    assert batch(tmp_path / "set", tmp_path / "out") == 2
+    assert f"{tmp_path / 'set'}: column 'image' has to hold pictures" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_data_set_is_one_line(tmp_path, capsys):
+    assert batch(tmp_path / "none", tmp_path / "out") == 2
+    assert re.fullmatch(r"iedit batch: error: .*none', which is no folder here, .*\n", capsys.readouterr().err)
+
+
 # What fails
 
 
@@ -378,7 +427,7 @@ def refused_folder(undisturbed, tmp_path, capsys, edits):
 
 def test_the_folder_of_another_file_of_jobs_is_left_alone(refused_folder, pictures, tmp_path):
     message = refused_folder(write_jobs(pictures, plain_jobs()[:5], "other"))
-    assert message.startswith(f"{tmp_path / 'out'} holds another batch: jobs_sha256 was '")
+    assert message.startswith(f"{tmp_path / 'out'} holds another batch: jobs was '")
     assert message.endswith("Take another folder")
 
 

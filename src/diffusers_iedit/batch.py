@@ -11,9 +11,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from filelock import FileLock
 
@@ -21,6 +22,9 @@ from .resuming import differences, lock_folder, replacing
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL import Image
+
     from .engines import LocalEngine, RayEngine
 
 
@@ -32,24 +36,99 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture in a row of a data set, which is read when it is wanted.
+
+    Args:
+        rows (`datasets.Dataset`): The column of pictures.
+        number (`int`): Of the row, from 1.
+    """
+
+    rows: Dataset
+    number: int
+
+    def read(self) -> Image.Image:
+        """The picture.
+
+        Raises:
+            FileNotFoundError, ValueError: If it cannot be read, in one line.
+        """
+        return next(iter(self.rows[self.number - 1].values()))
+
+    def __str__(self) -> str:
+        return f"row {self.number}, {self.rows.column_names[0]}"
+
+
+@dataclass(frozen=True)
 class Job:
     """One edit.
 
     Args:
-        number (`int`): Of its line in the file, from 1.
-        options (`dict`): By the names that `iedit edit` has for them; `image`, `mask` and `output` are absolute paths.
+        number (`int`): Of its line in the file, or its row in the data set, from 1.
+        options (`dict`): By the names that `iedit edit` has for them; `image`, `mask` and `output` are absolute paths,
+            the first two may be a [`Picture`].
     """
 
     number: int
     options: dict[str, Any]
 
 
-def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a file and the numbers of their lines; empty lines are passed over.
+class JobSource(NamedTuple):
+    """Where jobs come from.
+
+    Args:
+        rows (`Iterable`): What each line says, and its number.
+        name (`str`): For messages.
+        line (`str`): What one of them is called there.
+        folder (`Path`): What paths are relative to.
+        fingerprint (`str`): Tells it from others.
+    """
+
+    rows: Iterable[tuple[int, dict[str, Any]]]
+    name: str
+    line: str
+    folder: Path
+    fingerprint: str
+
+    def place(self, number: int) -> str:
+        return f"{self.name}, {self.line} {number}"
+
+
+def open_source(name: str, split: str = "train") -> JobSource:
+    """Opens a file of jobs (JSON Lines), or a data set: a folder or a Hub id.
+
+    Args:
+        name (`str`): Of the file, folder or Hub id.
+        split (`str`): Of the data set.
 
     Raises:
-        ValueError: If a line is none; the message says which.
+        ValueError: If it is no data set, or one whose `image` or `mask` are no pictures.
+        OSError: If the file cannot be read.
     """
+    file = Path(name)
+    if file.is_file() or file.suffix in (".jsonl", ".json"):
+        fingerprint = sha256(file.read_bytes()).hexdigest()
+        return JobSource(_read_lines(file), name, "line", file.parent, fingerprint)
+
+    from .pairs.schema import Image, open_set
+
+    rows = open_set(name, split)
+    pictures = {column for column, feature in rows.features.items() if isinstance(feature, Image)}
+    for column in {"image", "mask"} & {*rows.column_names} - pictures:
+        # What a stranger's rows name is not to be read from this machine.
+        raise ValueError(f"{name}: column {column!r} has to hold pictures, but holds {rows.features[column]}")
+    columns = {column: rows.select_columns([column]) for column in pictures}
+    texts = rows.remove_columns([*pictures])
+
+    def read() -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, row in enumerate(texts if texts.column_names else [{}] * len(rows), start=1):
+            yield number, row | {column: Picture(of, number) for column, of in columns.items()}
+
+    return JobSource(read(), name, "row", file, rows._fingerprint)
+
+
+def _read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a file and the numbers of their lines; empty lines are passed over."""
     with file.open("rb") as opened:
         for number, line in enumerate(opened, start=1):
             if not line.strip():
@@ -64,51 +143,51 @@ def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_jobs(
-    file: Path, output_dir: Path, parse: Callable[[dict[str, Any]], dict[str, Any]], any_output: bool = False
+    source: JobSource, output_dir: Path, parse: Callable[[dict[str, Any]], dict[str, Any]], any_output: bool = False
 ) -> list[Job]:
-    """Reads a file of jobs, all of it before any is done.
+    """Reads jobs, all of them before any is done.
 
     Args:
-        file (`Path`): One JSON object a line. What it names lies relative to the file's folder, an output relative to
-            `output_dir`.
-        output_dir (`Path`): Where jobs that name no output have NUMBER.png.
+        source ([`JobSource`]): What is asked for.
+        output_dir (`Path`): What outputs are relative to; by default they are called NUMBER.png.
         parse (`Callable`): From the values of a line to the options of an edit; `ValueError` says what is wrong.
         any_output (`bool`): Whether outputs may lie outside of `output_dir`.
 
     Raises:
         ValueError: For the first line that cannot be used, a file without any, outputs that two jobs share, that lie
             elsewhere, or that would replace a picture which a job reads; the message names the lines.
-        OSError: If the file cannot be read.
     """
     jobs: list[Job] = []
-    lines_by_output: dict[str, int] = {}
-    inputs: dict[str, int] = {}
+    by_output: dict[str, int] = {}
+    by_input: dict[str, int] = {}
     home = os.path.realpath(output_dir)
-    for number, values in read_lines(file):
+    for number, values in source.rows:
         try:
             # What is null or false says as little as what is not there.
             given = {name: value for name, value in values.items() if value is not None and value is not False}
-            options = {"seed": number} | parse({"output": f"{number:06}.png"} | given)
-            for name in {"image", "mask"} & options.keys():
+            pictures = {name: value for name, value in given.items() if isinstance(value, Picture)}
+            texts = {name: str(value) for name, value in pictures.items()}
+            options = {"seed": number} | parse({"output": f"{number:06}.png"} | given | texts) | pictures
+            for name in {"image", "mask"} & options.keys() - pictures.keys():
                 # An absolute path, as the command's own `mask` is, stays.
-                options[name] = Path(os.path.abspath(file.parent / options[name]))
-                inputs.setdefault(os.path.realpath(options[name]), number)
+                options[name] = Path(os.path.abspath(source.folder / options[name]))
+                by_input.setdefault(os.path.realpath(options[name]), number)
             named = options["output"]
             options["output"] = Path(os.path.realpath(output_dir / named))
             if not any_output and not options["output"].is_relative_to(home):
                 raise ValueError(f"output {str(named)!r} lies outside of {output_dir}; --any-output allows it")
         except ValueError as error:
-            raise ValueError(f"{file}, line {number}: {error}") from error
-        first = lines_by_output.setdefault(str(options["output"]), number)
+            raise ValueError(f"{source.place(number)}: {error}") from error
+        first = by_output.setdefault(str(options["output"]), number)
         if first != number:
-            raise ValueError(f"{file}, line {number}: has the output of line {first}, {str(named)!r}")
+            raise ValueError(f"{source.place(number)}: has the output of {source.line} {first}, {str(named)!r}")
         jobs.append(Job(number, options))
     if not jobs:
-        raise ValueError(f"{file} has no jobs; expected a JSON object a line, with an `image` and a `prompt`")
-    for output in lines_by_output.keys() & inputs.keys():
+        raise ValueError(f"{source.name} has no jobs; expected a JSON object a line, with an `image` and a `prompt`")
+    for output in by_output.keys() & by_input.keys():
         raise ValueError(
-            f"{file}, line {lines_by_output[output]}: its output {output} is read in line {inputs[output]}, and would"
-            " be lost"
+            f"{source.place(by_output[output])}: its output {output} is read in {source.line} {by_input[output]}, and"
+            " would be lost"
         )
     return jobs
 

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import hashlib
 import inspect
 import logging
 import math
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from .batch import Picture
     from .editor import LocalEditor
     from .pipeline import IEditPipeline
     from .regions_iedit import Photo
@@ -225,15 +225,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     batch.add_argument(
         "jobs",
-        type=Path,
         metavar="JOBS",
         help='a JSON object a line: {"image": "a.png", "prompt": "a red car", "mask_prompt": "car"}, and all else that'
         " `iedit edit` takes, by the names of its options (but for those of the model, and --num-images); files are"
-        " relative to JOBS, `output` is relative to DIR (default: the line's number, as 000001.png)",
+        " relative to JOBS, `output` is relative to DIR (default: the line's number, as 000001.png). Or a data set"
+        " with such columns: a folder or a Hub id",
     )
     batch.add_argument(
         "--output-dir", type=Path, required=True, metavar="DIR", help="where the pictures and results.jsonl go"
     )
+    batch.add_argument("--split", default="train", metavar="NAME", help="of a data set (default: %(default)s)")
     batch.add_argument(
         "--any-output", action="store_true", default=False, help="allow outputs that lie outside of DIR"
     )
@@ -439,9 +440,9 @@ def _add_mask_prompts(group):
     )
 
 
-def _read_image(path: Path) -> Image.Image:
+def _read_image(path: "Path | Picture") -> Image.Image:
     try:
-        return open_image(path)
+        return open_image(path) if isinstance(path, Path) else path.read()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except ValueError as error:
@@ -813,12 +814,12 @@ class _JobEditor:
 
     def __call__(self, jobs: list[dict[str, Any]]) -> list[str | None]:
         """Edits jobs of one kind and saves the results; returns why each failed, or None."""
-        pipe, errors = self.pipe, dict.fromkeys(range(len(jobs)))
+        errors: list[str | None] = [None] * len(jobs)
         alike: dict[tuple, list[tuple[int, Photo, dict]]] = {}
         for number, job in enumerate(jobs):
             try:
                 image, given = _read_edit(argparse.Namespace(**job))
-                photo, _ = _settle(pipe, image, given, whole_frame="whole_frame" in job)
+                photo, _ = _settle(self.pipe, image, given, whole_frame="whole_frame" in job)
             # A job may fail in any way: that is a result too, and the others go on.
             except Exception as error:
                 errors[number] = _in_one_line(error)
@@ -830,7 +831,7 @@ class _JobEditor:
             edited = self._edit([(photo, given) for _, photo, given in chosen], seeds)
             for (number, *_), result in zip(chosen, edited, strict=True):
                 errors[number] = result if isinstance(result, str) else _save_job(result, jobs[number]["output"])
-        return list(errors.values())
+        return errors
 
     def _edit(self, edits: "list[tuple[Photo, dict]]", seeds: list[int]) -> list[Image.Image | str]:
         """The results of edits that share all settings, or why there is none."""
@@ -908,16 +909,15 @@ def _edit_jobs(args: argparse.Namespace) -> tuple[str, str] | None:
         defaults["mask"] = defaults["mask"].absolute()
     try:
         parse = functools.partial(_parse_job, _job_parser(), defaults)
-        jobs = batch.read_jobs(args.jobs, args.output_dir, parse, args.any_output)
+        source = batch.open_source(args.jobs, args.split)
+        jobs = batch.read_jobs(source, args.output_dir, parse, args.any_output)
     except OSError as error:
-        raise UserError(f"{args.jobs}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+        raise UserError(f"{args.jobs}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, ImportError) as error:
         raise UserError(error) from error
 
-    content = hashlib.sha256(args.jobs.read_bytes()).hexdigest()
-    config = {"jobs_sha256": content, "model": args.model, "dtype": args.dtype} | {
-        name: str(value) for name, value in defaults.items()
-    }
+    config = {"jobs": source.fingerprint, "model": args.model, "dtype": args.dtype}
+    config |= {name: str(value) for name, value in defaults.items()}
     asked = [job.options for job in jobs]
     edit = _JobEditor(
         args.model,
@@ -931,6 +931,7 @@ def _edit_jobs(args: argparse.Namespace) -> tuple[str, str] | None:
 
     from .engines import LocalEngine, RayEngine
 
+    engine: LocalEngine | RayEngine
     try:
         if args.engine == "ray":
             import torch
@@ -949,7 +950,7 @@ def _edit_jobs(args: argparse.Namespace) -> tuple[str, str] | None:
     if not engine.is_main:
         return None
     if failed := [row for row in rows if "error" in row]:
-        listed = "; ".join(f"line {row['job']}: {row['error']}" for row in failed[:3])
+        listed = "; ".join(f"{source.line} {row['job']}: {row['error']}" for row in failed[:3])
         raise FailedEditsError(
             f"{len(failed)} of {len(rows)} edits failed, see {args.output_dir / 'results.jsonl'}; --retry-failed tries"
             f" them again: {listed}"
