@@ -410,6 +410,10 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path, capsys):
     )
 
 
+def test_a_mask_for_all_that_is_not_there_is_one_line(refused, tmp_path):
+    assert refused([GOOD], "--mask", tmp_path / "none.png") == f"iedit batch: error: {tmp_path}/none.png: no such file"
+
+
 @pytest.fixture
 def refused_folder(undisturbed, tmp_path, capsys, edits):
     """Runs the command on a folder that holds an undisturbed batch: it has to say one line and change nothing."""

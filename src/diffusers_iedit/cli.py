@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -806,7 +806,8 @@ class _JobEditor:
         pipe = _load_pipeline(
             self.model, self.device, self.dtype, True, self.finds_mask, self.captions, self.arguments
         )
-        getattr(pipe, "pipe", pipe).set_progress_bar_config(disable=True)
+        denoiser: Any = getattr(pipe, "pipe", pipe)
+        denoiser.set_progress_bar_config(disable=True)
         return pipe
 
     def load(self) -> None:
@@ -833,7 +834,7 @@ class _JobEditor:
                 errors[number] = result if isinstance(result, str) else _save_job(result, jobs[number]["output"])
         return errors
 
-    def _edit(self, edits: "list[tuple[Photo, dict]]", seeds: list[int]) -> list[Image.Image | str]:
+    def _edit(self, edits: "list[tuple[Photo, dict]]", seeds: list[int]) -> Sequence[Image.Image | str]:
         """The results of edits that share all settings, or why there is none."""
         import torch
 
@@ -907,6 +908,8 @@ def _edit_jobs(args: argparse.Namespace) -> tuple[str, str] | None:
     defaults = {name: getattr(args, name) for name in settings if hasattr(args, name)}
     if "mask" in defaults:
         defaults["mask"] = defaults["mask"].absolute()
+        # Once, and not for each job.
+        _read_image(defaults["mask"])
     try:
         parse = functools.partial(_parse_job, _job_parser(), defaults)
         source = batch.open_source(args.jobs, args.split)
