@@ -54,7 +54,7 @@ DILATION = 2
 PHOTO_SIZE = (4000, 3000)
 PARTS = ("grids", "seam", "photo")
 # Above these, frames take minutes an edit.
-LARGEST_WHOLE_GRID, WHOLE_EXAMPLES = 4, 16
+LARGEST_WHOLE_GRID, FEW_EXAMPLES = 4, 16
 
 
 def parse_args() -> argparse.Namespace:
@@ -105,14 +105,15 @@ class Task(NamedTuple):
 
 
 def tasks_of(grids: list[int], examples: int) -> list[Task]:
-    """All edits of `grids`; those that take longest come first, so that no process is left alone with one."""
+    """All edits of `grids`, interleaved: what else the machine does concerns all grids and ways alike."""
     tasks = []
     for grid in sorted(grids, reverse=True):
-        counts = dict.fromkeys(("words alone, cut out", "given mask, cut out", "small copy"), examples)
+        counts = dict.fromkeys(("words alone, cut out", "given mask, cut out"), examples)
+        counts["small copy"] = min(examples, FEW_EXAMPLES)
         if grid <= LARGEST_WHOLE_GRID:
-            counts["whole frame"] = min(examples, WHOLE_EXAMPLES)
+            counts["whole frame"] = min(examples, FEW_EXAMPLES)
         tasks += [Task(grid, way, number) for way, count in counts.items() for number in range(count)]
-    return sorted(tasks, key=lambda task: task.way != "whole frame")
+    return sorted(tasks, key=lambda task: task.number)
 
 
 def measure_task(task: Task) -> tuple[bool, float | None]:

@@ -7,6 +7,8 @@ import pytest
 import tiny_models
 import torch
 from diffusers import (
+    ChromaImg2ImgPipeline,
+    ChromaPipeline,
     DDIMInverseScheduler,
     DPMSolverMultistepScheduler,
     StableDiffusionImg2ImgPipeline,
@@ -15,6 +17,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
+from families import FAMILIES
 from PIL import Image
 
 from diffusers_iedit import IEditMaskedScheduler, IEditPipeline, IEditPipelineOutput, LocalEditor, mini
@@ -318,9 +321,17 @@ def test_mask_model_and_captioner_come_along_with_the_folder_of_an_iedit_pipelin
     assert LocalEditor.from_pretrained("mini", mask_model=iedit.mask_model).mask_model is iedit.mask_model
 
 
-def test_a_folder_of_another_kind_of_pipeline_is_refused(tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "DanceDiffusionPipeline"}')
-    with pytest.raises(ValueError, match="`model` is a DanceDiffusionPipeline, which edits no pictures; expected"):
+def test_a_folder_of_a_class_that_the_auto_pipeline_does_not_know_is_loaded_by_its_name(tmp_path):
+    ChromaPipeline.from_pipe(FAMILIES["chroma"].pipe()).save_pretrained(tmp_path)
+    assert type(LocalEditor.from_pretrained(tmp_path).pipe) is ChromaImg2ImgPipeline
+
+
+@pytest.mark.parametrize(
+    "class_name", ["DanceDiffusionPipeline", "WanPipeline", "LTXConditionPipeline", "KandinskyV22CombinedPipeline"]
+)
+def test_a_folder_of_another_kind_of_pipeline_is_refused(tmp_path, class_name):
+    (tmp_path / "model_index.json").write_text(f'{{"_class_name": "{class_name}"}}')
+    with pytest.raises(ValueError, match=f"`model` is a {class_name}, which edits no pictures; expected"):
         LocalEditor.from_pretrained(tmp_path)
 
 

@@ -194,7 +194,7 @@ def test_an_evaluation_compares_backbones_and_goes_on(tmp_path, instruct):
     curves = [name for name in results["variants"] if "@" in name]
     assert curves == [f"{name}@strength=0.3" for name in ("sdedit-given", "editor:mini-sd3", "editor-m:mini-sd3")]
     variant = results["variants"]["editor:mini-sd3"]
-    assert variant["title"] == "LocalEditor, given mask, editor model mini-sd3"
+    assert (variant["title"], variant["settings"]) == ("LocalEditor, given mask (mini-sd3)", {})
     assert variant["given_mask"]
     for example in results["examples"]:
         assert example["results"]["editor:mini-sd3"]["background_equal"] == 1

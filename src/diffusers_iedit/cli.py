@@ -194,7 +194,11 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         help="edit a picture towards a prompt",
     )
-    edit.add_argument("prompt", metavar="PROMPT", help="what the picture shows after the edit")
+    edit.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        help="what the picture shows after the edit; for models that take instructions, what is to be done",
+    )
     edit.add_argument(
         "--num-images",
         type=_COUNT,

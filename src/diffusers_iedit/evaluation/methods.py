@@ -481,7 +481,8 @@ class Variant:
     @property
     def title(self) -> str:
         changed = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.changes.items())
-        return ", ".join(part for part in (self.method_class.title, changed) if part)
+        model = f" ({self.settings.editor_model})" if "editor_model" in self.method_class.uses else ""
+        return ", ".join(part for part in (self.method_class.title + model, changed) if part)
 
     @property
     def slug(self) -> str:
@@ -510,10 +511,10 @@ def parse_variant(text: str, settings: Settings) -> Variant:
     """
     method, *parts = text.split("@")
     module, _, name = method.partition(":")
-    changes: dict = {}
+    changes = {}
     if module in EDITORS and name:
         method_class: type[Method] = EDITORS[module]
-        changes["editor_model"] = name
+        settings = replace(settings, editor_model=name)
     elif ":" in method and module not in EDITORS:
         try:
             method_class = getattr(importlib.import_module(module), name)
