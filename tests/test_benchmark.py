@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import re
 import runpy
 import statistics
 import sys
@@ -225,3 +226,27 @@ def test_an_edit_leaves_no_seam(tmp_path, monkeypatch):
     for rows in figures["seam"].values():
         assert rows["matched"]["rim"] <= 0.4 * rows["as decoded"]["rim"]
         assert rows["matched"]["psnr"] >= rows["as decoded"]["psnr"]
+
+
+def batch_table(arguments, monkeypatch, capsys):
+    """What `batch.py` prints, by batch size: seconds, percent outside the models, percent that differs, most."""
+    monkeypatch.setattr(sys, "argv", ["batch.py", *arguments.split()])
+    runpy.run_path(str(BENCHMARKS / "batch.py"), run_name="__main__")
+    rows = [re.findall(r"[\d.]+", line) for line in capsys.readouterr().out.splitlines()[2:]]
+    return {int(size): tuple(map(float, figures)) for size, *figures in rows}
+
+
+def test_batch_measures_seconds_and_the_models_share(monkeypatch, capsys):
+    table = batch_table("--jobs 2 --steps 2 --batch-sizes 1 2", monkeypatch, capsys)
+    assert table.keys() == {1, 2}
+    for seconds, outside, _, most in table.values():
+        assert seconds > 0
+        assert 0 < outside < 100
+        assert most <= 1
+
+
+@pytest.mark.slow
+def test_in_batches_of_16_a_tenth_is_spent_outside_the_models_at_most(monkeypatch, capsys):
+    table = batch_table("--jobs 16 --batch-sizes 1 16", monkeypatch, capsys)
+    assert table[16][1] <= 10
+    assert table[16][0] < 0.9 * table[1][0]

@@ -33,8 +33,8 @@ from small_build import (
 )
 from test_build import context, finished, pool, times, undisturbed  # noqa: F401
 
+from diffusers_iedit.engines import LocalEngine, RayEngine
 from diffusers_iedit.pairs.build import STAGES
-from diffusers_iedit.pairs.engines import LocalEngine, RayEngine
 
 
 def unfinished(output_dir):

@@ -25,7 +25,7 @@ from diffusers_iedit import IEditPipeline
 from diffusers_iedit.cli import build_parser, main
 from diffusers_iedit.evaluation.data import load_examples
 from diffusers_iedit.evaluation.methods import METHODS, Method, Models, Settings, find_base, parse_variant
-from diffusers_iedit.pairs.shards import lock_folder
+from diffusers_iedit.resuming import lock_folder
 
 
 MINI = Settings(model="mini", base_model="mini-base", strength=0.5, guidance_scale=2.0, num_inference_steps=4)

@@ -1,4 +1,4 @@
-"""What builder, trainer and evaluation share: the lock of an output folder, and files that are replaced."""
+"""What builder, trainer, evaluation and batches share: the lock of an output folder, and files that are replaced."""
 
 import multiprocessing
 import os
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from diffusers_iedit.pairs.shards import lock_folder, replacing
+from diffusers_iedit.resuming import lock_folder, replacing
 
 
 def hold(folder, held):

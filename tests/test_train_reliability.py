@@ -43,7 +43,7 @@ from test_train import base, changed, close, pairs, plain  # noqa: F401
 from diffusers_iedit import IEditPipeline
 from diffusers_iedit.finetuning.checkpoints import list_checkpoints, load_checkpoint
 from diffusers_iedit.finetuning.outputs import LossLog
-from diffusers_iedit.pairs.shards import lock_folder
+from diffusers_iedit.resuming import lock_folder
 
 
 FINETUNING = "diffusers_iedit.finetuning"

@@ -122,8 +122,8 @@ def main() -> None:
     import torch
     from accelerate import PartialState
 
+    from diffusers_iedit.engines import LocalEngine, RayEngine
     from diffusers_iedit.pairs.build import build
-    from diffusers_iedit.pairs.engines import LocalEngine, RayEngine
     from diffusers_iedit.pairs.jobs import Options
     from diffusers_iedit.pairs.write import push
 

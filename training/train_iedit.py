@@ -67,7 +67,7 @@ from diffusers_iedit.finetuning.options import FREE_OPTIONS
 from diffusers_iedit.finetuning.outputs import LossLog, check_folders, save_lora, save_pipeline
 from diffusers_iedit.finetuning.validation import Validation
 from diffusers_iedit.losses import CLIPImageEmbedder, IEditLoss, LatentDecoder
-from diffusers_iedit.pairs.shards import lock_folder
+from diffusers_iedit.resuming import lock_folder
 
 
 logger = get_logger(__name__)

@@ -9,13 +9,14 @@ import inspect
 import logging
 import math
 import os
+import platform
 import secrets
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from .batch import Picture
     from .editor import LocalEditor
     from .pipeline import IEditPipeline
     from .regions_iedit import Photo
@@ -100,12 +102,12 @@ MASKING = ("mask_model", "mask_processor")
 CAPTIONING = ("captioner", "caption_processor")
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake of the user's: `main` prints its message as one line and exits with 2."""
 
 
 class FailedEditsError(Exception):
-    """Some edits of an evaluation failed, and all others are there: `main` prints its message and exits with 1."""
+    """Some edits of many failed, and all others are there: `main` prints its message and exits with 1."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -146,12 +148,12 @@ _PIXELS = _number(int, "at least 0", lambda pixels: pixels >= 0)
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="iedit", description="Change one thing in a picture and keep the rest.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{edit,mask,evaluate}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{edit,mask,batch,evaluate}")
 
     # Options left out are left out of the namespace too, which leaves their defaults to the pipeline.
-    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("image", type=Path, metavar="IMAGE", help="the picture")
-    common.add_argument(
+    files = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    files.add_argument("image", type=Path, metavar="IMAGE", help="the picture")
+    files.add_argument(
         "-o",
         "--output",
         type=Path,
@@ -159,7 +161,8 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help=f"where to write the result; the format follows the extension ({', '.join(FORMATS)})",
     )
-    common.add_argument(
+    models = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    models.add_argument(
         "--model",
         metavar="NAME",
         default=DEFAULT_MODEL,
@@ -167,69 +170,34 @@ def build_parser() -> argparse.ArgumentParser:
         " Kontext, Flux.2, Qwen-Image, Qwen-Image-Edit, Z-Image, Chroma, Kolors ...); or, of the small models of the"
         " package, `mini`, `mini-sd3`, or `mini-base`, from which `mini` was fine-tuned (default: %(default)s)",
     )
-    common.add_argument(
+    models.add_argument(
         "--device",
         choices=("cuda", "mps", "cpu"),
         default=None,
         help="where the models run; `cpu` helps where a GPU has too little memory (default: the first of these that"
         " is there)",
     )
-    common.add_argument(
+    models.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default=None,
         help="of the models (default: on `cuda` float16, or bfloat16 for transformers such as SD3 and Flux, which"
         " overflow in float16; else float32)",
     )
-    common.add_argument(
-        "--mask-threshold",
-        type=_number(float, "in [0, 1)", lambda p: 0 <= p < 1),
-        metavar="P",
-        help="probability above which a pixel belongs to a predicted mask (default: 0.5)",
-    )
-    common.add_argument("--mask-dilation", type=_PIXELS, metavar="PX", help="grow the mask by this much (default: 0)")
-    common.add_argument(
-        "--mask-feather", type=_PIXELS, metavar="PX", help="let the mask fade in over this much (default: 0)"
-    )
+    masks, settings = (_Parser(add_help=False, argument_default=argparse.SUPPRESS) for _ in range(2))
+    _add_mask_settings(masks)
+    _add_edit_settings(settings)
 
     edit = commands.add_parser(
-        "edit", parents=[common], argument_default=argparse.SUPPRESS, help="edit a picture towards a prompt"
+        "edit",
+        parents=[files, models, masks, settings],
+        argument_default=argparse.SUPPRESS,
+        help="edit a picture towards a prompt",
     )
     edit.add_argument(
         "prompt",
         metavar="PROMPT",
         help="what the picture shows after the edit; for models that take instructions, what is to be done",
-    )
-    where = edit.add_mutually_exclusive_group()
-    where.add_argument("--mask", type=Path, metavar="FILE", help="edit where this picture is white")
-    _add_mask_prompts(where)
-    edit.add_argument(
-        "--strength",
-        type=_STRENGTH,
-        metavar="S",
-        help="how far to go from the source, in models that start from it; those that are shown it beside noise, as"
-        " Flux Kontext is, have none (default: 0.7)",
-    )
-    edit.add_argument(
-        "--steps",
-        dest="num_inference_steps",
-        type=_COUNT,
-        metavar="N",
-        help="denoising steps at strength 1 (default: 50); --num-inference-steps is the same. Of this and"
-        " --guidance-scale, other models than Stable Diffusion have defaults of their own",
-    )
-    edit.add_argument(
-        "--guidance-scale",
-        type=_FINITE,
-        metavar="G",
-        help="how closely to follow the prompt (default: 7.5)",
-    )
-    edit.add_argument("--negative-prompt", metavar="TEXT", help="what not to show")
-    edit.add_argument(
-        "--seed",
-        type=_number(int, "in [0, 2**63)", lambda seed: 0 <= seed < 2**63),
-        metavar="K",
-        help="for the same result again (default: a random one)",
     )
     edit.add_argument(
         "--num-images",
@@ -238,32 +206,72 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="N results OUT-1 ... OUT-N, which have the seeds K ... K+N-1 (default: %(default)s)",
     )
-    where_to = edit.add_mutually_exclusive_group()
-    where_to.add_argument(
-        "--crop-padding",
-        dest="padding_mask_crop",
-        type=_PIXELS,
-        metavar="PX",
-        help="edit only the mask's surroundings, with so many pixels of context, at the model's size (default: in a"
-        " picture larger than the model's, a quarter of the mask's longer side, where that leaves something out)",
-    )
-    where_to.add_argument("--whole-frame", action="store_true", help="edit the whole picture, however small the mask")
-    edit.add_argument(
-        "--processing-resolution",
-        type=_number(int, "at least 8", lambda pixels: pixels >= 8),
-        metavar="PX",
-        help="longer side at which the edit runs; the rest of the picture keeps its own pixels (default: the model's"
-        " for the surroundings of a mask, and for a picture more than twice as large; else the picture's)",
-    )
     edit.set_defaults(run=_edit)
 
     mask = commands.add_parser(
-        "mask", parents=[common], argument_default=argparse.SUPPRESS, help="write the mask that `edit` would use"
+        "mask",
+        parents=[files, models, masks],
+        argument_default=argparse.SUPPRESS,
+        help="write the mask that `edit` would use",
     )
     where = mask.add_mutually_exclusive_group(required=True)
     _add_mask_prompts(where)
     mask.add_argument("--prompt", metavar="TEXT", help="the edit prompt that --source-prompt is compared with")
     mask.set_defaults(run=_mask)
+
+    batch = commands.add_parser(
+        "batch",
+        parents=[models, masks, settings],
+        argument_default=argparse.SUPPRESS,
+        help="edit many pictures, as a file says",
+        description="Edit many pictures. Stopped at any moment, the same command goes on. All options of an edit are"
+        " for those jobs that do not say otherwise.",
+    )
+    batch.add_argument(
+        "jobs",
+        metavar="JOBS",
+        help='a JSON object a line: {"image": "a.png", "prompt": "a red car", "mask_prompt": "car"}, and all else that'
+        " `iedit edit` takes, by the names of its options (but for those of the model, and --num-images); files are"
+        " relative to JOBS, `output` is relative to DIR (default: the line's number, as 000001.png). Or a data set"
+        " with such columns: a folder or a Hub id",
+    )
+    batch.add_argument(
+        "--output-dir", type=Path, required=True, metavar="DIR", help="where the pictures and results.jsonl go"
+    )
+    batch.add_argument("--split", default="train", metavar="NAME", help="of a data set (default: %(default)s)")
+    batch.add_argument(
+        "--any-output", action="store_true", default=False, help="allow outputs that lie outside of DIR"
+    )
+    batch.add_argument(
+        "--retry-failed", action="store_true", default=False, help="try again what failed in an earlier run"
+    )
+    batch.add_argument(
+        "--batch-size",
+        type=_COUNT,
+        default=1,
+        metavar="N",
+        help="edit up to so many jobs together that have the same settings: faster, and no longer to the last bit what"
+        " `iedit edit` gives (default: %(default)s)",
+    )
+    batch.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="this machine, whose GPUs are all used under `accelerate launch -m diffusers_iedit.cli batch`; or a Ray"
+        " cluster, whose nodes have to see all files under the same paths (default: %(default)s)",
+    )
+    batch.add_argument(
+        "--ray-address", default=None, metavar="ADDRESS", help="of the cluster, or auto (default: a local Ray)"
+    )
+    batch.add_argument("--num-workers", type=_COUNT, default=1, metavar="N", help="Ray: actors (default: %(default)s)")
+    batch.add_argument(
+        "--gpus-per-worker",
+        type=_number(float, "at least 0", lambda gpus: 0 <= gpus < math.inf),
+        default=None,
+        metavar="G",
+        help="Ray: GPUs of each actor; may be a fraction (default: one if there is one)",
+    )
+    batch.set_defaults(run=_batch)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -343,6 +351,90 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _JobParser(_Parser):
+    """Reads what the jobs of `batch` say, as if their keys were options."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def _job_parser() -> _JobParser:
+    # With abbreviations, a slip would be taken for another key.
+    parser = _JobParser(add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    _add_mask_settings(parser)
+    _add_edit_settings(parser)
+    return parser
+
+
+def _add_mask_settings(parser: argparse.ArgumentParser):
+    """What `edit`, `mask`, `batch` and its jobs can be told of masks."""
+    parser.add_argument(
+        "--mask-threshold",
+        type=_number(float, "in [0, 1)", lambda p: 0 <= p < 1),
+        metavar="P",
+        help="probability above which a pixel belongs to a predicted mask (default: 0.5)",
+    )
+    parser.add_argument("--mask-dilation", type=_PIXELS, metavar="PX", help="grow the mask by this much (default: 0)")
+    parser.add_argument(
+        "--mask-feather", type=_PIXELS, metavar="PX", help="let the mask fade in over this much (default: 0)"
+    )
+
+
+def _add_edit_settings(parser: argparse.ArgumentParser):
+    """What `edit`, `batch` and its jobs can be told of an edit, besides what it is an edit of."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--mask", type=Path, metavar="FILE", help="edit where this picture is white")
+    _add_mask_prompts(where)
+    parser.add_argument(
+        "--strength",
+        type=_STRENGTH,
+        metavar="S",
+        help="how far to go from the source, in models that start from it; those that are shown it beside noise, as"
+        " Flux Kontext is, have none (default: 0.7)",
+    )
+    parser.add_argument(
+        "--steps",
+        dest="num_inference_steps",
+        type=_COUNT,
+        metavar="N",
+        help="denoising steps at strength 1 (default: 50); --num-inference-steps is the same. Of this and"
+        " --guidance-scale, other models than Stable Diffusion have defaults of their own",
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=_FINITE,
+        metavar="G",
+        help="how closely to follow the prompt (default: 7.5)",
+    )
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to show")
+    parser.add_argument(
+        "--seed",
+        type=_number(int, "in [0, 2**63)", lambda seed: 0 <= seed < 2**63),
+        metavar="K",
+        help="for the same result again (default: a random one; of a job, its line's number)",
+    )
+    where_to = parser.add_mutually_exclusive_group()
+    where_to.add_argument(
+        "--crop-padding",
+        dest="padding_mask_crop",
+        type=_PIXELS,
+        metavar="PX",
+        help="edit only the mask's surroundings, with so many pixels of context, at the model's size (default: in a"
+        " picture larger than the model's, a quarter of the mask's longer side, where that leaves something out)",
+    )
+    where_to.add_argument("--whole-frame", action="store_true", help="edit the whole picture, however small the mask")
+    parser.add_argument(
+        "--processing-resolution",
+        type=_number(int, "at least 8", lambda pixels: pixels >= 8),
+        metavar="PX",
+        help="longer side at which the edit runs; the rest of the picture keeps its own pixels (default: the model's"
+        " for the surroundings of a mask, and for a picture more than twice as large; else the picture's)",
+    )
+
+
 def _add_mask_prompts(group):
     group.add_argument("--mask-prompt", metavar="TERM", help="edit what this term names")
     group.add_argument(
@@ -352,9 +444,9 @@ def _add_mask_prompts(group):
     )
 
 
-def _read_image(path: Path) -> Image.Image:
+def _read_image(path: "Path | Picture") -> Image.Image:
     try:
-        return open_image(path)
+        return open_image(path) if isinstance(path, Path) else path.read()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except ValueError as error:
@@ -406,9 +498,12 @@ def _save(image: Image.Image, path: Path):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
     # Without OUT's own name, which may leave no room for more.
-    part = path.with_name(f".iedit-{os.getpid()}.part")
+    part = path.with_name(f".iedit-{platform.node()}-{os.getpid()}.part")
     try:
         image.save(part, format=image_format, **options)
+        # Or a machine that loses its power would keep the name without the content.
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -610,17 +705,45 @@ def _settle_region(pipe: "IEditPipeline | LocalEditor", photo: "Photo", given: d
     return []
 
 
+def _check_padding(options: Iterable[str]):
+    if "padding_mask_crop" in options and not {"mask", *WHERE} & {*options}:
+        raise UserError("--crop-padding needs a mask: pass --mask, --mask-prompt or --source-prompt too")
+
+
+def _read_edit(args: argparse.Namespace) -> tuple[Image.Image, dict[str, Any]]:
+    """The picture, and what of the options goes to the pipeline."""
+    image = _read_image(args.image)
+    _check_fits(image, args.output)
+    _check_padding(vars(args))
+    given = {name: getattr(args, name) for name in EDIT_ARGUMENTS if hasattr(args, name)}
+    if hasattr(args, "mask"):
+        given["mask_image"] = _read_image(args.mask)
+    return image, given
+
+
+def _settle(
+    pipe: "IEditPipeline | LocalEditor", image: Image.Image, given: dict[str, Any], whole_frame: bool
+) -> "tuple[Photo, list[str]]":
+    """Settle the arguments of the edit. Returns the picture as the pipeline takes it, and as `_settle_region`."""
+    from .pipeline import IEditPipeline
+    from .regions_iedit import read_photos
+
+    ours, theirs = (
+        inspect.signature(cls.__call__).parameters for cls in (IEditPipeline, type(getattr(pipe, "pipe", pipe)))
+    )
+    if "strength" in theirs:
+        given.setdefault("strength", ours["strength"].default)
+    with _pipeline_errors(pipe):
+        # Once, so that what its profile lacks is said once.
+        (photo,) = read_photos(image)
+        return photo, _settle_region(pipe, photo, given, whole_frame)
+
+
 def _edit(args: argparse.Namespace) -> tuple[str, str]:
     """Edit and save. Returns what the printed line says before and after the seconds."""
     inputs = (args.image, args.mask) if hasattr(args, "mask") else (args.image,)
     paths = _output_paths(args.output, args.num_images, inputs)
-    image = _read_image(args.image)
-    _check_fits(image, args.output)
-    given = {name: getattr(args, name) for name in EDIT_ARGUMENTS if hasattr(args, name)}
-    if "padding_mask_crop" in given and not any(hasattr(args, name) for name in ("mask", *WHERE)):
-        raise UserError("--crop-padding needs a mask: pass --mask, --mask-prompt or --source-prompt too")
-    if hasattr(args, "mask"):
-        given["mask_image"] = _read_image(args.mask)
+    image, given = _read_edit(args)
     _check_model(args.model)
 
     notes = _read_notes(args.image, image, paths[0])
@@ -635,19 +758,8 @@ def _edit(args: argparse.Namespace) -> tuple[str, str]:
     )
     import torch
 
-    from .pipeline import IEditPipeline
-    from .regions_iedit import read_photos
-
-    ours, theirs = (
-        inspect.signature(cls.__call__).parameters for cls in (IEditPipeline, type(getattr(pipe, "pipe", pipe)))
-    )
-    if "strength" in theirs:
-        given.setdefault("strength", ours["strength"].default)
-
-    with _notes(), _pipeline_errors(pipe):
-        # Once, so that what its profile lacks is said once.
-        (photo,) = read_photos(image)
-        notes[:0] = _settle_region(pipe, photo, given, whole_frame=hasattr(args, "whole_frame"))
+    with _notes():
+        photo, notes[:0] = _settle(pipe, image, given, whole_frame=hasattr(args, "whole_frame"))
     first_seed = args.seed if hasattr(args, "seed") else secrets.randbelow(2**32)
     seeds = range(first_seed, first_seed + args.num_images)
     # Drawn on the CPU, a seed gives the same noise on every device.
@@ -680,6 +792,177 @@ def _mask(args: argparse.Namespace) -> tuple[str, str]:
         (mask,) = pipe.predict_mask(image, **given)
     _save(mask, path)
     return str(path), ""
+
+
+@dataclasses.dataclass
+class _JobEditor:
+    """Edits jobs of `batch` with a model that it loads when the first come; until then it can be pickled."""
+
+    model: str
+    device: str | None
+    dtype: str | None
+    finds_mask: bool
+    captions: bool
+    arguments: dict[str, Any]
+
+    @functools.cached_property
+    def pipe(self) -> "IEditPipeline | LocalEditor":
+        pipe = _load_pipeline(
+            self.model, self.device, self.dtype, True, self.finds_mask, self.captions, self.arguments
+        )
+        denoiser: Any = getattr(pipe, "pipe", pipe)
+        denoiser.set_progress_bar_config(disable=True)
+        return pipe
+
+    def load(self) -> None:
+        self.pipe  # noqa: B018
+
+    def __call__(self, jobs: list[dict[str, Any]]) -> list[str | None]:
+        """Edits jobs of one kind and saves the results; returns why each failed, or None."""
+        errors: list[str | None] = [None] * len(jobs)
+        alike: dict[tuple, list[tuple[int, Photo, dict]]] = {}
+        for number, job in enumerate(jobs):
+            try:
+                image, given = _read_edit(argparse.Namespace(**job))
+                photo, _ = _settle(self.pipe, image, given, whole_frame="whole_frame" in job)
+            # A job may fail in any way: that is a result too, and the others go on.
+            except Exception as error:
+                errors[number] = _in_one_line(error)
+                continue
+            settings = [(name, value) for name, value in given.items() if name not in ("prompt", "mask_image")]
+            alike.setdefault((photo.size, "mask_image" in given, *settings), []).append((number, photo, given))
+        for chosen in alike.values():
+            seeds = [jobs[number]["seed"] for number, *_ in chosen]
+            edited = self._edit([(photo, given) for _, photo, given in chosen], seeds)
+            for (number, *_), result in zip(chosen, edited, strict=True):
+                errors[number] = result if isinstance(result, str) else _save_job(result, jobs[number]["output"])
+        return errors
+
+    def _edit(self, edits: "list[tuple[Photo, dict]]", seeds: list[int]) -> Sequence[Image.Image | str]:
+        """The results of edits that share all settings, or why there is none."""
+        import torch
+
+        _, given = edits[0]
+        own = {name: [given[name] for _, given in edits] for name in ("prompt", "mask_image") if name in given}
+        photos, generators = [photo for photo, _ in edits], [torch.Generator().manual_seed(seed) for seed in seeds]
+        try:
+            with _pipeline_errors(self.pipe):
+                return self.pipe(image=photos, generator=generators, **given | own).images
+        except Exception as error:
+            failure = _in_one_line(error)
+        if len(edits) == 1:
+            return [failure]
+        # It may be the fault of one, or all may not fit the memory.
+        return [self._edit([edit], [seed])[0] for edit, seed in zip(edits, seeds, strict=True)]
+
+
+def _in_one_line(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
+
+
+def _save_job(image: Image.Image, path: Path) -> str | None:
+    """Saves a result; returns why it cannot be, unless that is a disk on which nothing else could be saved either."""
+    from .batch import DISK_FULL
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _save(image, path)
+    except (UserError, OSError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        return _in_one_line(error)
+    return None
+
+
+def _parse_job(parser: _JobParser, defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The options of a job, as `edit` has them, with the command's where the job says nothing."""
+    for key, value in values.items():
+        if not isinstance(value, (str, int, float)):
+            raise UserError(f"{key!r} has to be a text, a number or true, but is {value!r:.40}")
+    argv = [f"--{key}" if value is True else f"--{key}={value}" for key, value in values.items()]
+    read, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].removeprefix("--").partition("=")[0]
+        raise UserError(f"unknown key {next((key for key in values if key.replace('_', '-') == name), name)!r}")
+    given = vars(read)
+    if given["output"].suffix.lower() not in FORMATS:
+        raise UserError(f"output {str(given['output'])!r} has to end in one of {', '.join(FORMATS)}")
+    # Of what excludes each other, the job's is meant.
+    for names in (("mask", *WHERE), ("padding_mask_crop", "whole_frame")):
+        if any(name in given for name in names):
+            defaults = {name: value for name, value in defaults.items() if name not in names}
+    options = defaults | given
+    _check_padding(options)
+    return options
+
+
+def _batch(args: argparse.Namespace) -> tuple[str, str] | None:
+    """Edit what a file asks for. Returns as `_edit` does, in the main process."""
+    with _stoppable(args.command):
+        return _edit_jobs(args)
+
+
+def _edit_jobs(args: argparse.Namespace) -> tuple[str, str] | None:
+    from . import batch
+
+    _check_model(args.model)
+    settings = ("mask", "seed", "whole_frame", *EDIT_ARGUMENTS)
+    defaults = {name: getattr(args, name) for name in settings if hasattr(args, name)}
+    if "mask" in defaults:
+        defaults["mask"] = defaults["mask"].absolute()
+        # Once, and not for each job.
+        _read_image(defaults["mask"])
+    try:
+        parse = functools.partial(_parse_job, _job_parser(), defaults)
+        source = batch.open_source(args.jobs, args.split)
+        jobs = batch.read_jobs(source, args.output_dir, parse, args.any_output)
+    except OSError as error:
+        raise UserError(f"{args.jobs}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, ImportError) as error:
+        raise UserError(error) from error
+
+    config = {"jobs": source.fingerprint, "model": args.model, "dtype": args.dtype}
+    config |= {name: str(value) for name, value in defaults.items()}
+    asked = [job.options for job in jobs]
+    edit = _JobEditor(
+        args.model,
+        args.device,
+        args.dtype,
+        finds_mask=any(name in options for options in asked for name in WHERE),
+        captions=any(options.get("source_prompt") == "auto" for options in asked),
+        arguments={name: options[name] for options in asked for name in PIPELINE_ARGUMENTS if name in options},
+    )
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from .engines import LocalEngine, RayEngine
+
+    engine: LocalEngine | RayEngine
+    try:
+        if args.engine == "ray":
+            import torch
+
+            gpus = float(torch.cuda.is_available()) if args.gpus_per_worker is None else args.gpus_per_worker
+            engine = RayEngine(args.ray_address, args.num_workers, gpus)
+        else:
+            engine = LocalEngine()
+        loggers = [logging.getLogger(name) for name in (None, "diffusers", "transformers")]
+        with logging_redirect_tqdm(loggers):
+            rows = batch.run(jobs, edit, args.output_dir, config, engine, args.batch_size, args.retry_failed)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(error) from error
+    except OSError as error:
+        raise UserError(f"{error}. {GOES_ON}") from error
+    if not engine.is_main:
+        return None
+    if failed := [row for row in rows if "error" in row]:
+        listed = "; ".join(f"{source.line} {row['job']}: {row['error']}" for row in failed[:3])
+        raise FailedEditsError(
+            f"{len(failed)} of {len(rows)} edits failed, see {args.output_dir / 'results.jsonl'}; --retry-failed tries"
+            f" them again: {listed}"
+        )
+    return str(args.output_dir / "results.jsonl"), f", {len(rows)} edits"
 
 
 @contextlib.contextmanager
@@ -795,4 +1078,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # By their own name: in other processes, which are sent what is to be done, `__main__` is something else.
+    from diffusers_iedit import cli
+
+    sys.exit(cli.main())

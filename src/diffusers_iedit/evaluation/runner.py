@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..pairs.engines import LocalEngine
-from ..pairs.shards import lock_folder, replacing
+from ..engines import LocalEngine
+from ..resuming import differences, lock_folder, replacing
 from . import report
 from .data import Example, load_examples
 from .measuring import Metrics
@@ -84,19 +84,15 @@ def _start(files: _Files, config: dict, variants: list[Variant], weights: dict[s
             known = found.pop("weights")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{files.config} is damaged, or of no evaluation: take another folder.") from error
-        differences = [
-            f"{name} was {found.get(name)!r} and is {config.get(name)!r}"
-            for name in sorted(found.keys() | config.keys())
-            if found.get(name) != config.get(name)
-        ]
-        differences += [
+        changes = differences(found, config)
+        changes += [
             f"the weights of {name} have changed"
             for name in weights
             if known.get(name, weights[name]) != weights[name]
         ]
-        if differences:
+        if changes:
             raise ValueError(
-                f"`output_dir` {files.output_dir} holds another evaluation: {'; '.join(differences)}. Take another"
+                f"`output_dir` {files.output_dir} holds another evaluation: {'; '.join(changes)}. Take another"
                 " folder, or remove it."
             )
     # First of all, as it says whose folder this is.

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import mini
 from ..pairs.schema import FEATURES, load_pairs, read_pair, with_encoded_images
-from ..pairs.shards import replacing
+from ..resuming import replacing
 
 
 ROWS_PER_FILE, ENCODED_AT_ONCE = 64, 8

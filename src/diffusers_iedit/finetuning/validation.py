@@ -12,8 +12,8 @@ from datasets import Dataset
 from diffusers.utils import numpy_to_pil
 from PIL import Image
 
-from ..pairs.shards import replacing
 from ..pipeline import IEditPipeline
+from ..resuming import replacing
 from .data import PairStream
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
+from ..engines import LocalEngine, RayEngine
+from ..resuming import lock_folder, replacing
 from . import models
 from .edit_prompts import describe_data
-from .engines import LocalEngine, RayEngine
 from .jobs import (
     CaptionJob,
     Collection,
@@ -36,7 +37,7 @@ from .options import STAGES
 from .read import Collection as CollectionOptions
 from .read import first_occurrences
 from .retrieve import EXACT_LIMIT, Embeddings, assign_targets, build_index
-from .shards import Marker, lock_folder, read_marker, read_table, replacing, write_marker
+from .shards import Marker, read_marker, read_table, write_marker
 from .write import dataset_card, picture_sheet
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import CLIPTokenizer
 
+from ..resuming import replacing
 from .caption import CaptionImages, CaptionOptions
 from .edit_prompts import EditOptions, EditPrompts
 from .embed import EmbedImages, EmbedOptions, EmbedPrompts
@@ -26,7 +27,7 @@ from .models import ModelStage, load
 from .read import SCHEMA, ReadOptions, read_rows
 from .retrieve import Retrieve, RetrieveOptions
 from .schema import FEATURES, same_tokens
-from .shards import Marker, read_marker, read_table, replacing, write_array, write_marker, write_table
+from .shards import Marker, read_marker, read_table, write_array, write_marker, write_table
 
 
 CPU_THREADS = min(8, os.cpu_count() or 1)

@@ -11,8 +11,8 @@ from typing import Any
 import faiss
 import numpy as np
 
+from ..resuming import replacing
 from .options import RetrieveOptions
-from .shards import replacing
 
 
 EXACT_LIMIT = 1_000_000

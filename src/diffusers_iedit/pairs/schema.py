@@ -226,7 +226,14 @@ def _paths_elsewhere(pairs: Dataset, where: str) -> Iterator[str]:
             number += len(chunk)
 
 
-def _open(source: str | os.PathLike, split: str, streaming: bool, revision: str | None) -> Dataset | IterableDataset:
+def open_set(
+    source: str | os.PathLike, split: str, streaming: bool = False, revision: str | None = None
+) -> Dataset | IterableDataset:
+    """Opens a set of any columns; its images are read as `load_pairs` says.
+
+    Raises:
+        ValueError: If it cannot be opened.
+    """
     path, files, options = os.fspath(source), None, {}
     try:
         config = datasets.load_dataset_builder(path, revision=revision).config
@@ -275,7 +282,7 @@ def validate(
     """
     if isinstance(source, (Dataset, IterableDataset)):
         return list(_faults(source, "the pairs", None, tokenizer))
-    return list(_faults(_open(source, split, True, revision), str(source), None, tokenizer))
+    return list(_faults(open_set(source, split, True, revision), str(source), None, tokenizer))
 
 
 def load_pairs(
@@ -304,7 +311,7 @@ def load_pairs(
     Raises:
         ValueError: If it cannot be opened, or if it is no set of pairs, one line a fault.
     """
-    pairs = _open(source, split, streaming, revision)
+    pairs = open_set(source, split, streaming, revision)
     faults = list(_faults(pairs, str(source), 8, tokenizer))
     if not faults and not streaming:
         faults = list(_paths_elsewhere(pairs, str(source)))

@@ -1,4 +1,4 @@
-"""Who runs a stage's shards: this process (or the several of `accelerate launch`), or a Ray cluster."""
+"""Who runs the shards of some work: this process (or the several of `accelerate launch`), or a Ray cluster."""
 
 from __future__ import annotations
 
