@@ -313,7 +313,7 @@ def index_of(folder, class_name):
 @pytest.mark.parametrize(
     ("class_name", "says"),
     [
-        ("WanPipeline", "is a WanPipeline, which this editor does not serve; expected the models of any image-to-image"),
+        ("WanPipeline", "is a WanPipeline, which this editor does not serve; expected the models of an image-to-"),
         ("LTXConditionPipeline", "is a LTXConditionPipeline, which this editor does not serve"),
         ("NoSuchPipeline", "is a NoSuchPipeline, which this editor does not serve"),
         ("AutoencoderKL", "is a AutoencoderKL, which this editor does not serve"),
@@ -344,6 +344,7 @@ def test_a_pipeline_whose_libraries_are_not_installed_names_them(refused_unloade
     ("name", "options", "says"),
     [
         ("flux-kontext", "--strength 0.5", "`strength` was passed, but FluxKontextPipeline has none: it starts from"),
+        ("flux", "--negative-prompt ugly", "--negative-prompt: of FluxImg2ImgPipeline it changes nothing without"),
         ("lcm", "--negative-prompt tree", "`negative_prompt` is an argument of neither `LocalEditor` nor LatentCons"),
     ],
 )
@@ -414,3 +415,10 @@ def test_of_a_model_on_the_hub_a_mask_fetches_what_finds_it_alone(folder, hub, f
         request.path.split("/resolve/")[1].split("/", 1)[1] for request in hub.requests if "/resolve/" in request.path
     }
     assert {path.split("/")[0] for path in fetched} == {"model_index.json", "mask_model", "mask_processor"}
+
+
+def test_guidance_of_qwen_image_is_its_true_one(saved, iedit, folder):
+    command = ("edit", "in.png", "a car", "--mask", "mask.png", "--model", saved("qwen-image"), *QUICK)
+    for guidance in ("2", "9"):
+        iedit(*command, "--guidance-scale", guidance, "-o", f"{guidance}.png")
+    assert (folder / "2.png").read_bytes() != (folder / "9.png").read_bytes()

@@ -77,6 +77,8 @@ EDIT_ARGUMENTS = (
 )
 # Those of them that are the pipeline's own, also where `LocalEditor` calls it.
 PIPELINE_ARGUMENTS = ("strength", "num_inference_steps", "guidance_scale", "negative_prompt")
+# Classifier-free guidance, in pipelines whose `guidance_scale` is an input of a distilled model.
+TRUE_GUIDANCE = "true_cfg_scale"
 MASK_ARGUMENTS = ("prompt", "mask_prompt", "source_prompt", "mask_threshold", "mask_dilation", "mask_feather")
 
 # The options that name what CLIPSeg is to look for.
@@ -594,6 +596,12 @@ def _load_pipeline(
         with _model_errors():
             cls = class_for_prompts(index, f"--model {name!r}")
             check_arguments(cls, arguments)
+            own = inspect.signature(cls.__call__).parameters.get(TRUE_GUIDANCE)
+            if "negative_prompt" in arguments and own is not None and own.default <= 1:
+                raise ValueError(
+                    f"--negative-prompt: of {cls.__name__} it changes nothing without `{TRUE_GUIDANCE}`, which the"
+                    " command does not have; `LocalEditor` takes both"
+                )
         cls = IEditPipeline if cls is StableDiffusionImg2ImgPipeline else cls
     of_transformer = "transformer" in inspect.signature(cls.__init__).parameters
     device, dtype = _choose_device(device, dtype_name, of_transformer)
@@ -615,7 +623,9 @@ def _load_pipeline(
             pipe = IEditPipeline(**dict.fromkeys(EDITING), requires_safety_checker=False)
         for part, needed in (("mask_model", finds_mask), ("captioner", captions)):
             if needed and getattr(pipe, part) is None:
-                for found, component in load_finder(part, name, index, "--model", dtype).items():
+                # mypy sees two strings.
+                finder = load_finder(part, name, index, "--model", dtype)  # type: ignore[arg-type]
+                for found, component in finder.items():
                     setattr(pipe, found, component)
     with _pipeline_errors(pipe):
         return pipe.to(device)
@@ -665,7 +675,12 @@ def _read_notes(path: Path, image: Image.Image, output: Path) -> list[str]:
         notes.append(f"the first of {frames} frames")
     if image.mode.startswith(("I", "F")) or _is_16_bit(path):
         notes.append("reduced to 8 bits")
+    # Greys stay what they are, but not by way of a profile.
+    if image.mode in ("CMYK", "LAB", "HSV", "YCbCr") or (image.mode in ("L", "LA") and "icc_profile" in image.info):
+        notes.append(f"converted from {image.mode} to RGB")
     image_format = FORMATS[output.suffix.lower()][0]
+    if image.has_transparency_data and image_format in ("JPEG", "BMP"):
+        notes.append(f"{image_format} keeps no transparency (PNG does)")
     if image_format in LOSSY:
         notes.append(f"{image_format} compresses what was not edited anew (PNG keeps every byte)")
     if image_format == "BMP" and "icc_profile" in image.info:
@@ -733,6 +748,11 @@ def _settle(
     )
     if "strength" in theirs:
         given.setdefault("strength", ours["strength"].default)
+    if TRUE_GUIDANCE in theirs and theirs[TRUE_GUIDANCE].default > 1:
+        # Qwen-Image's is by this name, and only on with a negative prompt; a blank one is its authors' default.
+        given.setdefault("negative_prompt", " ")
+        if "guidance_scale" in given:
+            given[TRUE_GUIDANCE] = given.pop("guidance_scale")
     with _pipeline_errors(pipe):
         # Once, so that what its profile lacks is said once.
         (photo,) = read_photos(image)

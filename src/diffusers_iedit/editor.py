@@ -271,11 +271,13 @@ class LocalEditor(MaskFinderMixin):
         if str(model) in SHIPPED_PIPELINES:
             pipe = load_pipeline(DiffusionPipeline, model, "`model`", **kwargs)
             # They know the words of the mini world, whatever edits it.
-            source, config = mini.model_path(), DiffusionPipeline.load_config(mini.model_path())
+            source = str(mini.model_path())
+            config = DiffusionPipeline.load_config(source)
         else:
-            where = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-            where = {name: kwargs[name] for name in where if name in kwargs}
-            source, config = model, DiffusionPipeline.load_config(model, **where)
+            of_hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+            where = {name: kwargs[name] for name in of_hub if name in kwargs}
+            source = str(model)
+            config = DiffusionPipeline.load_config(source, **where)
             loader: Any = pipeline_class(str(dict(config).get("_class_name")))
             if loader.__name__ not in EDITING_FAMILIES and loader in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values():
                 # It also finds the class that goes with a `controlnet`.
@@ -487,10 +489,12 @@ class LocalEditor(MaskFinderMixin):
             return
         if any(pipeline_kwargs.get(name) is not None for name in ("timesteps", "sigmas", "denoising_start")):
             return
-        steps, strength = (
+        steps, strength = (  # type: Any, Any
             pipeline_kwargs.get(name, takes[name].default) for name in ("num_inference_steps", "strength")
         )
-        if isinstance(steps, Integral) and isinstance(strength, Real) and 0 <= strength <= 1 > steps * strength:
+        # Of other types, the pipeline says what it thinks.
+        are_numbers = isinstance(steps, Integral) and isinstance(strength, Real)
+        if are_numbers and 0 <= strength <= 1 and int(steps * strength) < 1:
             raise ValueError(f"`strength` {strength} of `num_inference_steps` {steps} would run no step.")
 
     def _edit(self, cutout: Cutout, prompt: str | None, pipeline_kwargs: dict[str, Any]):
@@ -576,8 +580,9 @@ class LocalEditor(MaskFinderMixin):
                 raise ValueError(f"`edits[{number}]` asks for several results, but the next edit needs one.")
             if {"seed", "generator"} <= edit.keys():
                 raise ValueError(f"`edits[{number}]` holds both `seed` and `generator`.")
-            seed = edit.get("seed", 0)
-            if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+            seed: Any = edit.get("seed", 0)
+            is_whole = isinstance(seed, Integral) and not isinstance(seed, bool)
+            if not is_whole or not 0 <= seed < 2**63:
                 raise ValueError(f"`edits[{number}]` holds the `seed` {seed!r}; expected an integer in [0, 2**63).")
             if not isinstance(edit.get("prompt", ""), str):
                 raise TypeError(f"`edits[{number}]` has to hold one `prompt`, a string.")

@@ -557,10 +557,11 @@ class Cutout:
         blend (`torch.Tensor`, *optional*): (1, H, W), how far each pixel is replaced at last; None as for `mask`.
     """
 
-    photo: Photo | None
+    # `Any` where only some methods need that it is there.
+    photo: Any
     region: Region
     size: tuple[int, int]
-    mask: torch.Tensor | None
+    mask: Any
     blend: torch.Tensor | None
 
     @cached_property
@@ -617,8 +618,9 @@ def plan_edits(
         `ValueError`: If a region would be edited at under 8 pixels a side.
     """
     regions = [Region(0, 0, *size)] * batch_size
-    crops = padding_mask_crop is not None and mask is not None
-    if crops:
+    crops = False
+    if padding_mask_crop is not None and mask is not None:
+        crops = True
         regions = [surrounding_region(each, padding_mask_crop) for each in mask]
         processing_resolution = processing_resolution or native_resolution
     # A region is a square or has the picture's aspect, but for what whole pixels cannot express.

@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -135,7 +136,7 @@ class Models:
             ValueError: If there is no such model, if it is not of this kind, or if it is not all there.
         """
         if name not in self._loaded:
-            no_checker = {"safety_checker": None, "requires_safety_checker": False}
+            no_checker: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
             takes = inspect.signature(cls.__init__).parameters
             no_checker = {part: value for part, value in no_checker.items() if part in takes}
             pipe = load_pipeline(cls, name, argument, dtype=self.dtype, **no_checker)
@@ -255,7 +256,7 @@ class Method:
         Raises:
             FloatingPointError: If the result holds NaN or infinity.
         """
-        pixels = pipe(
+        pixels: Any = pipe(
             image=[example.image for example in examples],
             prompt=[getattr(example, prompt) for example in examples],
             generator=generators,
@@ -411,7 +412,7 @@ class _EditorMethod(_MaskedMethod):
     uses = ("editor_model",)
 
     def _editor(self, settings: Settings) -> LocalEditor:
-        return self.models.editor(settings.editor_model, settings.scheduler, finds_mask=self.masked)
+        return self.models.editor(str(settings.editor_model), settings.scheduler, finds_mask=self.masked)
 
     def load(self, settings):
         self._editor(settings)
