@@ -178,8 +178,8 @@ def test_a_model_that_wants_a_size_of_its_own_gets_it_for_whole_pictures():
     editor = LocalEditor(FAMILIES["qwen-image-edit"].pipe())
     photo = read_photos(Image.new("RGB", (64, 48)))[0]
     given = {}
-    assert cli._settle_region(editor, photo, given, whole_frame=False) == ["processed at 1182 px"]
-    assert given == {"processing_resolution": 1182}
+    assert cli._settle_region(editor, photo, given, whole_frame=False) == ["processed at 1184 px"]
+    assert given == {"processing_resolution": 1184}
     given = {"processing_resolution": 64}
     assert cli._settle_region(editor, photo, given, whole_frame=False) == []
 
@@ -328,7 +328,7 @@ def test_a_pipeline_that_edits_no_pictures(refused_unloaded, tmp_path_factory, c
     message = refused_unloaded(*command, "-o", "out.png", "--model", model)
     assert f"error: --model '{model}' " in message
     assert says in message
-    if "edits no" in says:
+    if "does not serve" in says:
         assert "Z-Image" in message
         assert "FluxKontextPipeline" in message
 
