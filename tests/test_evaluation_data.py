@@ -563,8 +563,13 @@ def test_the_script_makes_the_generated_examples_that_are_shipped(tmp_path, monk
     same = [(new, old) for new, old in zip(made, shipped, strict=True) if new["seed"] == old["seed"]]
     assert len(same) == 3
     for new, old in same:
-        for name in ("image", "mask"):
-            pixels = [np.asarray(Image.open(io.BytesIO(row.pop(name)["bytes"])), dtype=float) for row in (new, old)]
-            # In batches of another size, and on other machines, sums are rounded otherwise.
-            assert np.abs(pixels[0] - pixels[1]).mean() < 1, name
+        images, masks = (
+            [np.asarray(Image.open(io.BytesIO(row.pop(name)["bytes"])), dtype=float) for row in (new, old)]
+            for name in ("image", "mask")
+        )
+        # In batches of another size, and on other machines, sums are rounded otherwise.
+        assert np.abs(images[0] - images[1]).mean() < 1
+        # The set stays the one that its figures were measured on: its masks are an earlier mini CLIPSeg's.
+        made_mask, shipped_mask = (mask > 0 for mask in masks)
+        assert (made_mask & shipped_mask).sum() > 0.9 * (made_mask | shipped_mask).sum()
         assert new == old
