@@ -66,3 +66,17 @@ def test_a_region_is_cut_out_and_several_results_are_set_back(name):
 def test_strength_is_an_error_for_a_model_that_starts_from_noise(name):
     with pytest.raises(ValueError, match=r"`strength` was passed, but \w+ has none: it starts from noise"):
         edit(name, SOURCE, box_mask(SOURCE.size, (0, 0, 8, 8)), strength=0.5)
+
+
+def test_a_latent_consistency_model_runs_its_steps_at_little_strength():
+    family = FAMILIES["lcm"]
+    editor, steps = LocalEditor(family.pipe()), []
+
+    def count(pipe, step, timestep, tensors):
+        steps.append(step)
+        return tensors
+
+    mask = box_mask(SOURCE.size, (20, 13, 71, 39))
+    options = {"num_inference_steps": 4, "strength": 0.2, "callback_on_step_end": count}
+    editor(SOURCE, "a red car", mask_image=mask, processing_resolution=WIDTH, **options)
+    assert steps == [0, 1, 2, 3]

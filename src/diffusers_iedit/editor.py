@@ -485,7 +485,8 @@ class LocalEditor(MaskFinderMixin):
     def _check_steps(self, pipeline_kwargs: dict[str, Any]) -> None:
         """Raises if so little strength of so few steps runs none, where the pipeline does not say so itself."""
         takes = _call_parameters(type(self.pipe))
-        if "strength" not in takes or not hasattr(self.pipe, "unet"):
+        # Latent consistency models run all their steps at every strength.
+        if "strength" not in takes or "original_inference_steps" in takes or not hasattr(self.pipe, "unet"):
             return
         if any(pipeline_kwargs.get(name) is not None for name in ("timesteps", "sigmas", "denoising_start")):
             return
