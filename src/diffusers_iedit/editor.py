@@ -30,7 +30,6 @@ from .regions_iedit import (
     Cutout,
     as_list,
     blacked_out,
-    check_sizes,
     cut_out,
     pad_to_multiple,
     plan_edits,
@@ -393,14 +392,21 @@ class LocalEditor(MaskFinderMixin):
             `FloatingPointError`: If an edit comes out as NaN or infinity.
         """
         # 1. Check inputs
-        self._check_where(prompt, mask_image, mask_prompt, source_prompt, mask_dilation, mask_feather)
-        mask_given = any(each is not None for each in (mask_image, mask_prompt, source_prompt))
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(
                 "`output_type` has to be 'pil', 'np' or 'pt', as an edit is set back in pixels, but is"
                 f" {output_type!r}."
             )
-        check_sizes(mask_given, padding_mask_crop, processing_resolution, output_type)
+        self._check_where(
+            prompt,
+            mask_image,
+            mask_prompt,
+            source_prompt,
+            mask_dilation,
+            mask_feather,
+            padding_mask_crop,
+            processing_resolution,
+        )
         check_arguments(type(self.pipe), pipeline_kwargs)
         self._check_steps(pipeline_kwargs)
         num_results = pipeline_kwargs.get("num_images_per_prompt", 1)

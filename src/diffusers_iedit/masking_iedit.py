@@ -13,7 +13,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import logging
 from PIL import Image
 
-from .regions_iedit import Photo, as_list, check_pixels, read_masks, read_photos, to_output
+from .regions_iedit import Photo, as_list, check_pixels, check_sizes, read_masks, read_photos, to_output
 
 
 logger = logging.get_logger(__name__)
@@ -543,8 +543,11 @@ class MaskFinderMixin:
         source_prompt,
         mask_dilation,
         mask_feather,
+        padding_mask_crop=None,
+        processing_resolution=None,
+        output_type="pil",
     ) -> None:
-        """Raises unless at most one way to say where is given, and possible."""
+        """Raises unless at most one way to say where is given, and possible, and the sizes fit any picture."""
         check_texts(prompt=prompt, mask_prompt=mask_prompt, source_prompt=source_prompt)
         choice = {"mask_image": mask_image, "mask_prompt": mask_prompt, "source_prompt": source_prompt}
         given = [f"`{name}`" for name, value in choice.items() if value is not None]
@@ -560,6 +563,7 @@ class MaskFinderMixin:
             raise ValueError("`source_prompt` is compared with `prompt`, which was not passed.")
         check_pixels("mask_dilation", mask_dilation)
         check_pixels("mask_feather", mask_feather)
+        check_sizes(bool(given), padding_mask_crop, processing_resolution, output_type)
 
     def _caption(self, images: list[Image.Image]) -> list[str]:
         inputs = self.caption_processor(images=images, return_tensors="pt").to(self._device_of(self.captioner))

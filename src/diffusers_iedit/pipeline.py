@@ -36,7 +36,6 @@ from .masking_iedit import MaskFinderMixin, check_finite, check_texts, expand, f
 from .regions_iedit import (
     as_list,
     blacked_out,
-    check_sizes,
     cut_out,
     pad_to_multiple,
     plan_edits,
@@ -290,9 +289,17 @@ class IEditPipeline(MaskFinderMixin, StableDiffusionImg2ImgPipeline):
             raise ValueError(f"`guidance_scale` has to be a finite number, but is {guidance_scale!r}.")
         _check_scheduler(self.scheduler)
         check_texts(negative_prompt=negative_prompt)
-        self._check_where(prompt, mask_image, mask_prompt, source_prompt, mask_dilation, mask_feather)
-        mask_given = any(each is not None for each in (mask_image, mask_prompt, source_prompt))
-        check_sizes(mask_given, padding_mask_crop, processing_resolution, output_type)
+        self._check_where(
+            prompt,
+            mask_image,
+            mask_prompt,
+            source_prompt,
+            mask_dilation,
+            mask_feather,
+            padding_mask_crop,
+            processing_resolution,
+            output_type,
+        )
 
     def _is_latents(self, image) -> bool:
         # As in the stock pipeline: a tensor with the VAE's number of channels is taken as it is.
