@@ -436,6 +436,16 @@ class LocalEditor(MaskFinderMixin):
                 " each."
             )
 
+        # Also the masks and the pooled ones that go with them.
+        embeddings = {
+            name: value for name, value in pipeline_kwargs.items() if "prompt_embeds" in name and value is not None
+        }
+        for name, value in embeddings.items():
+            if len(value) not in (1, batch_size):
+                raise ValueError(
+                    f"`{name}` holds {len(value)} entries for a batch of {batch_size}; pass one or {batch_size}."
+                )
+
         # 3. Find where to edit, and settle which region of each image is edited at which size
         mask = self._masks(
             photos, batch_size, size, prompt, mask_image, mask_prompt, source_prompt, mask_threshold, mask_dilation
@@ -466,14 +476,8 @@ class LocalEditor(MaskFinderMixin):
             for name, value in pipeline_kwargs.items():
                 if name == "negative_prompt" and batch_size > 1:
                     own[name] = expand(value, batch_size, name)[index]
-                # Also the masks and the pooled ones that go with embeddings.
-                elif "prompt_embeds" in name and value is not None:
-                    if len(value) not in (1, batch_size):
-                        raise ValueError(
-                            f"`{name}` holds {len(value)} entries for a batch of {batch_size}; pass one or"
-                            f" {batch_size}."
-                        )
-                    own[name] = value if len(value) == 1 else value[index : index + 1]
+                elif name in embeddings and len(value) > 1:
+                    own[name] = value[index : index + 1]
             edited, flagged, interrupted = self._edit(cutouts[index], prompts[index], own)
             pictures += edited
             if flagged is not None:
