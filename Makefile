@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP = "$(VENV)/bin/python" -m pip install --disable-pip-version-check
-PYTEST = "$(VENV)/bin/python" -m pytest -n 2 --dist worksteal
+PYTEST = "$(VENV)/bin/python" -m pytest -n 2 --dist worksteal --durations=20
 
 .PHONY: edit lint test test-slow
 

@@ -607,6 +607,7 @@ def test_another_clip_model_embeds_the_pool_anew(finished, pool, tmp_path):
     assert times(finished / "work" / "embed" / "source") != embeddings
 
 
+@pytest.mark.slow
 def test_a_build_from_the_hub_stays_with_the_commit_it_was_begun_with(hub, pool, tmp_path):
     begun = hub.add("datasets", "me/photos", {"train.parquet": (pool / "train.parquet").read_bytes()})
     script = Path(build_dataset.__file__)

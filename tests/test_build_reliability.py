@@ -50,7 +50,10 @@ def leftovers(output_dir):
 
 
 # In each stage: when its third file is to get its name, which is the second shard's, half done.
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage",
+    [stage if stage in ("read", "mask") else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES],
+)
 def test_a_build_that_was_killed_in_a_stage_goes_on(context, tmp_path, undisturbed, pool, stage):
     output_dir = tmp_path / "pairs"
     process = context.Process(
@@ -372,6 +375,7 @@ def ray_actors():
     return [child for child in children if "ray::MapWorker" in " ".join(child.cmdline()[:1])]
 
 
+@pytest.mark.slow
 def test_ray_builds_the_same_rows_though_a_worker_is_killed(ray_engine, finished, undisturbed, pool):
     unfinished(finished)
     for stage in ("mask", "write"):
@@ -394,6 +398,7 @@ def test_ray_builds_the_same_rows_though_a_worker_is_killed(ray_engine, finished
     assert rows(finished).equals(rows(undisturbed))
 
 
+@pytest.mark.slow
 def test_an_error_in_a_shard_on_ray_is_raised_as_it_is(ray_engine):
     def job(shard):
         if shard == "1":

@@ -87,21 +87,22 @@ def all_complete(output_dir, plain, name="checkpoint-1"):
 @pytest.mark.parametrize(
     ("function", "number", "kept"),
     [
-        # In the first step, and in the fourth after the losses of the third have been written.
-        (f"{FINETUNING}.models.batch_loss", 1, []),
-        (f"{FINETUNING}.models.batch_loss", 4, [2]),
-        # After the step, before its losses are written.
-        (f"{FINETUNING}.outputs.LossLog.write", 3, [2]),
-        # While the checkpoint of the fourth step is written: before its first file, and when only state.json lacks.
-        (f"{FINETUNING}.checkpoints.save_file", 2, [2]),
-        ("pathlib.Path.write_text", 3, [2]),
+        # In the fourth step after the losses of the third have been written.
+        pytest.param(f"{FINETUNING}.models.batch_loss", 4, [2]),
+        # While the checkpoint of the fourth step is written, when only state.json lacks.
+        pytest.param("pathlib.Path.write_text", 3, [2]),
+        # After the last checkpoint, when half of the pipeline is in its place.
+        pytest.param("pathlib.Path.replace", 5, [4]),
+        # In the first step; after a step, before its losses are written; before the checkpoint's first file.
+        pytest.param(f"{FINETUNING}.models.batch_loss", 1, [], marks=pytest.mark.slow),
+        pytest.param(f"{FINETUNING}.outputs.LossLog.write", 3, [2], marks=pytest.mark.slow),
+        pytest.param(f"{FINETUNING}.checkpoints.save_file", 2, [2], marks=pytest.mark.slow),
         # When it is whole, but for its name; before the older one is removed, and when half of that is done.
-        ("pathlib.Path.rename", 2, [2]),
-        ("pathlib.Path.rename", 3, [2, 4]),
-        ("os.unlink", 3, [4]),
-        # After the last checkpoint: before the pipeline is written, and when half of it is in its place.
-        ("diffusers_iedit.IEditPipeline.save_pretrained", 1, [4]),
-        ("pathlib.Path.replace", 5, [4]),
+        pytest.param("pathlib.Path.rename", 2, [2], marks=pytest.mark.slow),
+        pytest.param("pathlib.Path.rename", 3, [2, 4], marks=pytest.mark.slow),
+        pytest.param("os.unlink", 3, [4], marks=pytest.mark.slow),
+        # Before the pipeline is written.
+        pytest.param("diffusers_iedit.IEditPipeline.save_pretrained", 1, [4], marks=pytest.mark.slow),
     ],
 )
 def test_a_training_that_was_killed_goes_on_to_the_same_weights(
