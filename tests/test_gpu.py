@@ -43,9 +43,11 @@ FORMS = pytest.mark.parametrize("form", [iedit, sd3])
 @functools.cache
 def successes(form, dtype, count=COUNT):
     """Of edits of one thing's colour in scenes that no model saw, how many the judge finds right."""
-    colours = list(mini.COLOURS)
     scenes = [mini.render(seed, things=1) for seed in range(count)]
-    targets = [scene.swap(colour=colours[colours.index(scene.thing.colour) - 1]) for scene in scenes]
+    targets = []
+    for seed, scene in enumerate(scenes):
+        colours = [colour for colour in mini.COLOURS if colour != scene.thing.colour]
+        targets.append(scene.swap(colour=colours[seed % len(colours)]))
     edit = form(dtype)(
         [scene.image for scene in scenes],
         [target.caption for target in targets],
