@@ -84,8 +84,8 @@ def arguments(pairs: Path, base: str | Path, output_dir: Path, *others) -> list[
 
 
 @contextmanager
-def process_as_before():
-    """On the CPU and in one thread; afterwards, what a training changes in its process is as it was."""
+def process_as_before(cpu: bool = True):
+    """On the CPU, or else the GPU, and in one thread; afterwards, what a training changes in its process is undone."""
     libraries = (datasets.utils.logging, diffusers_logging, transformers_logging)
     verbosities = [library.get_verbosity() for library in libraries]
     with_bars = [library for library in libraries if library.is_progress_bar_enabled()]
@@ -95,7 +95,7 @@ def process_as_before():
     # With more threads, sums are rounded otherwise.
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]), mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true"):
+        with torch.random.fork_rng(devices=[]), mock.patch.dict(os.environ, ACCELERATE_USE_CPU=str(cpu)):
             yield
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -111,9 +111,9 @@ def process_as_before():
             library.enable_progress_bar()
 
 
-def train(argv: list[str]) -> None:
+def train(argv: list[str], cpu: bool = True) -> None:
     """train_iedit.py in this process."""
-    with process_as_before():
+    with process_as_before(cpu):
         train_iedit.main(train_iedit.parse_args(argv))
 
 

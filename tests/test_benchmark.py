@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusers_iedit.acceleration import fast_dtype
+
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -227,6 +229,68 @@ def test_an_edit_leaves_no_seam(tmp_path, monkeypatch):
     for rows in figures["seam"].values():
         assert rows["matched"]["rim"] <= 0.4 * rows["as decoded"]["rim"]
         assert rows["matched"]["psnr"] >= rows["as decoded"]["psnr"]
+
+
+# An edit of a thing in a large picture
+
+
+@pytest.fixture
+def local_edit():
+    return importlib.import_module("local_edit")
+
+
+def test_each_row_of_local_edit_has_one_lever_more(local_edit):
+    found = []
+    for row in range(len(local_edit.ROWS)):
+        pipe, settings = local_edit.load(row, "mini", "cpu")
+        laid_out = pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        is_all_float32 = {model.dtype for model in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
+        assert is_all_float32 == (row < local_edit.PRECISION or fast_dtype("cpu") == torch.float32)
+        names = (type(each).__name__ for each in (pipe, pipe.scheduler, pipe.vae))
+        steps = int(settings["num_inference_steps"] * settings["strength"])
+        found.append((*names, laid_out, settings["guidance_scale"], *local_edit.share_out(row, steps)))
+    assert found == [
+        ("StableDiffusionImg2ImgPipeline", "DDIMScheduler", "AutoencoderKL", False, 7.5, 40, 0),
+        ("IEditPipeline", "DDIMScheduler", "AutoencoderKL", False, 7.5, 40, 0),
+        ("IEditPipeline", "DDIMScheduler", "AutoencoderKL", True, 7.5, 40, 0),
+        ("IEditPipeline", "DPMSolverMultistepScheduler", "AutoencoderKL", True, 3.0, 9, 0),
+        ("IEditPipeline", "DPMSolverMultistepScheduler", "AutoencoderKL", True, 3.0, 5, 4),
+        ("IEditPipeline", "DPMSolverMultistepScheduler", "AutoencoderTiny", True, 3.0, 5, 4),
+    ]
+
+
+def test_local_edit_measures_each_row_and_adds_up_what_it_measured(local_edit, tmp_path, monkeypatch, capsys):
+    def here(row, args):
+        return local_edit.measure_edit(row, args.size, args.device, args.run_steps)
+
+    monkeypatch.setattr(local_edit, "measure_in_a_process", here)
+    monkeypatch.setattr(local_edit, "GRID", 2)
+    monkeypatch.setitem(local_edit.DEFAULTS, "num_inference_steps", 5)
+    files = [tmp_path / "figures.json", tmp_path / "table.md"]
+    arguments = f"--size mini --device cpu --examples 1 --json {files[0]} --markdown {files[1]}".split()
+    monkeypatch.setattr(sys, "argv", ["local_edit.py", *arguments])
+    local_edit.main()
+
+    figures = json.loads(files[0].read_text())
+    cost, table = figures["cost"], files[1].read_text()
+    assert table in capsys.readouterr().out
+    assert list(cost) == list(figures["quality"]) == list(local_edit.ROWS)
+    assert [found["steps run"] for found in cost.values()] == [1, 1, 1, 1, 2, 2]
+    assert cost["stock"]["speed"] == cost["stock"]["memory"] == 1
+    for name, line in zip(local_edit.ROWS, table.splitlines()[2:], strict=True):
+        found = cost[name]
+        assert found["peak MiB"] > 0
+        assert found["speed"] == pytest.approx(cost["stock"]["seconds"] / found["seconds"])
+        parts, total = line.split("|")[2].split("=")
+        terms = [term.split(" x ") for term in parts.split(" + ")]
+        added = sum(float(term[0]) * float(term[-1]) if len(term) == 2 else float(term[0]) for term in terms)
+        assert added == pytest.approx(float(total), rel=0.02)
+        assert {figures["quality"][name]["success"]} <= {0, 1}
+        assert 0 < figures["quality"][name]["psnr"] < 60
+    assert cost["region"]["guided step"] < cost["stock"]["guided step"]
+
+
+# Many pictures
 
 
 def batch_table(arguments, monkeypatch, capsys):

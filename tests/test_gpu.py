@@ -1,6 +1,8 @@
 """What only a GPU can show: `python -m pytest -m gpu`. Without one, a line says that none of it was run."""
 
 import functools
+import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -41,28 +43,27 @@ FORMS = pytest.mark.parametrize("form", [iedit, sd3])
 @functools.cache
 def successes(form, dtype, count=COUNT):
     """Of edits of one thing's colour in scenes that no model saw, how many the judge finds right."""
-    editor = form(dtype)
-    judge = Judge.from_pretrained(mini.judge_path())
-    right = 0
-    for seed in range(count):
-        scene = mini.render(seed, things=1)
+    scenes = [mini.render(seed, things=1) for seed in range(count)]
+    targets = []
+    for seed, scene in enumerate(scenes):
         colours = [colour for colour in mini.COLOURS if colour != scene.thing.colour]
-        target = scene.swap(colour=colours[seed % len(colours)])
-        edit = editor(
-            scene.image,
-            target.caption,
-            mask_image=scene.mask,
-            mask_dilation=2,
-            strength=0.7,
-            guidance_scale=3.0,
-            num_inference_steps=28,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        changed = (np.asarray(edit.images[0]) != np.asarray(scene.image)).any(axis=-1)
-        assert not changed[np.asarray(edit.masks[0]) == 0].any()
-        (seen,) = judge.look(edit.images, [target.mask])
-        right += (seen.noun, seen.colour) == (target.thing.noun, target.thing.colour)
-    return right
+        targets.append(scene.swap(colour=colours[seed % len(colours)]))
+    edit = form(dtype)(
+        [scene.image for scene in scenes],
+        [target.caption for target in targets],
+        mask_image=[scene.mask for scene in scenes],
+        mask_dilation=2,
+        strength=0.7,
+        guidance_scale=3.0,
+        num_inference_steps=28,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(count)],
+    )
+    for scene, image, mask in zip(scenes, edit.images, edit.masks, strict=True):
+        changed = (np.asarray(image) != np.asarray(scene.image)).any(axis=-1)
+        assert not changed[np.asarray(mask) == 0].any()
+    seen = Judge.from_pretrained(mini.judge_path()).look(edit.images, [target.mask for target in targets])
+    things = [target.thing for target in targets]
+    return sum((v.noun, v.colour) == (t.noun, t.colour) for v, t in zip(seen, things, strict=True))
 
 
 @FORMS
@@ -140,3 +141,111 @@ def test_every_family_keeps_the_outside_of_the_mask(name, dtype):
     assert not changed[~inside].any()
     assert changed[inside].mean() > 0.5
     assert dict(vars(pipe)) == before
+
+
+# Training and building, where their libraries are
+
+
+@pytest.fixture(scope="module")
+def small_pairs():
+    return pytest.importorskip("small_pairs")
+
+
+@pytest.fixture(scope="module")
+def pairs(small_pairs, tmp_path_factory):
+    return small_pairs.write_pairs(tmp_path_factory.mktemp("made") / "pairs", small_pairs.make_rows())
+
+
+def train(small_pairs, pairs, output_dir, *options):
+    """Twelve steps of the mini model, on CUDA."""
+    argv = small_pairs.arguments(pairs, mini.model_path(), output_dir, "--resolution", 64, "--max_train_steps", 12)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    small_pairs.train([*argv, "--learning_rate", "1e-4", *map(str, options)], cpu=False)
+    assert torch.cuda.max_memory_allocated() > before
+    return small_pairs.unet(output_dir)
+
+
+@functools.cache
+def float32_loss(small_pairs, pairs):
+    """Of the first step."""
+    train(small_pairs, pairs, pairs.parent / "float32", "--max_train_steps", 1)
+    return small_pairs.losses(pairs.parent / "float32")[0]["loss"]
+
+
+def moved(weights, others):
+    """The names of the weights that differ, and how far apart all of them are."""
+    apart = {name: (weights[name].float() - values.float()).norm() for name, values in others.items()}
+    return {name for name, distance in apart.items() if distance}, torch.stack([*apart.values()]).norm()
+
+
+TRAININGS = {
+    "plain": (),
+    "8-bit Adam": ("--use_8bit_adam",),
+    "gradient checkpointing and LoRA": ("--gradient_checkpointing", "--lora_rank", 2),
+}
+
+
+@pytest.mark.parametrize("options", TRAININGS.values(), ids=TRAININGS)
+def test_training_in_fp16(options, small_pairs, pairs, tmp_path):
+    if "--use_8bit_adam" in options:
+        pytest.importorskip("bitsandbytes")
+    if "--lora_rank" in options:
+        pytest.importorskip("peft")
+    trained = train(small_pairs, pairs, tmp_path / "model", "--mixed_precision", "fp16", *options)
+    assert {values.dtype for values in trained.values()} == {torch.float32}
+    assert all(values.isfinite().all() for values in trained.values())
+    # The scaler of fp16 leaves out the first steps, until it has found its scale.
+    names, _ = moved(trained, small_pairs.unet(mini.model_path()))
+    assert {name.split(".")[0] for name in names} >= {"down_blocks", "mid_block"}
+    assert not {name.split(".")[0] for name in names} & {"up_blocks", "conv_out"}
+    assert (tmp_path / "model/lora").exists() == ("--lora_rank" in options)
+    found = [line["loss"] for line in small_pairs.losses(tmp_path / "model")]
+    assert np.isfinite(found).all()
+    assert found[0] == pytest.approx(float32_loss(small_pairs, pairs), rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_a_training_that_broke_off_ends_as_one_that_did_not(precision, small_pairs, pairs, tmp_path):
+    """But for the order of sums on a GPU: to 2 % of what the training changed, and the losses to 0.1 %."""
+    options = ("--checkpointing_steps", 6, "--mixed_precision", precision)
+    undisturbed = train(small_pairs, pairs, tmp_path / "undisturbed", *options)
+
+    def broken():
+        raise KeyboardInterrupt
+
+    with small_pairs.calling("small_pairs.train_iedit.batch_loss", 9, broken), pytest.raises(KeyboardInterrupt):
+        train(small_pairs, pairs, tmp_path / "model", *options)
+    resumed = train(small_pairs, pairs, tmp_path / "model", *options, "--resume_from_checkpoint", "latest")
+    _, apart = moved(resumed, undisturbed)
+    _, way = moved(undisturbed, small_pairs.unet(mini.model_path()))
+    assert apart <= 0.02 * way
+    for line, expected in zip(*map(small_pairs.losses, (tmp_path / "model", tmp_path / "undisturbed")), strict=True):
+        assert line == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_builder_in_fp16_makes_the_pairs_that_it_makes_in_float32_on_a_cpu(tmp_path):
+    small_build = pytest.importorskip("small_build")
+    state = pytest.importorskip("accelerate.state").PartialState
+    for library in ("nltk", "faiss"):
+        pytest.importorskip(library)
+    pool = small_build.write_pool(tmp_path / "pool", range(200_000, 200_000 + small_build.COUNT))
+    rows = {}
+    try:
+        for device, cpu in (("cuda", "false"), ("cpu", "true")):
+            state._reset_state()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with mock.patch.dict(os.environ, ACCELERATE_USE_CPU=cpu):
+                small_build.build(tmp_path / device, small_build.options(pool))
+            assert (torch.cuda.max_memory_allocated() > before) == (device == "cuda")
+            rows[device] = small_build.rows(tmp_path / device)
+    finally:
+        state._reset_state()
+    columns = ["source_caption", "edit_prompt", "source_term", "target_term"]
+    found, expected = (
+        {tuple(row.values()) for row in rows[device].select(columns).to_pylist()} for device in ("cuda", "cpu")
+    )
+    # A caption, a neighbour or a mask at a threshold may fall to the other side.
+    assert len(expected) > 5
+    assert len(found & expected) >= 0.9 * len(found | expected)
