@@ -251,16 +251,21 @@ def cache_pairs(stream: PairStream, encode: Callable[[dict], dict], folder: Path
 
 
 def draw_noise(
-    noise_seeds: list[int], shape: tuple[int, ...], num_train_timesteps: int
+    noise_seeds: list[int], shape: tuple[int, ...], draw_timestep: Callable[[torch.Generator], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """t and eps_1 of each sample (Eq. 2), from its own seed: the same on every device, in whatever batch it comes.
 
+    Args:
+        noise_seeds (`list[int]`): Of each sample.
+        shape (`tuple[int]`): Of one sample's noise.
+        draw_timestep (`Callable`): A generator -> t, as `Family.draw_timestep`.
+
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: timesteps (B,), uniform from 0 to T - 1, and noise (B, *shape), on CPU.
+        `tuple[torch.Tensor, torch.Tensor]`: timesteps (B,) and noise (B, *shape), on CPU.
     """
     timesteps, noise = [], []
     for seed in noise_seeds:
         generator = torch.Generator().manual_seed(int(seed))
-        timesteps.append(torch.randint(num_train_timesteps, (), generator=generator))
+        timesteps.append(draw_timestep(generator))
         noise.append(torch.randn(shape, generator=generator))
     return torch.stack(timesteps), torch.stack(noise)

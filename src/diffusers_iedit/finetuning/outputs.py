@@ -8,11 +8,10 @@ import shutil
 import stat
 from pathlib import Path
 
-from diffusers import UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers import DiffusionPipeline
 
 from .. import mini
-from ..pipeline import IEditPipeline
+from .families import Family
 
 
 class LossLog:
@@ -76,7 +75,7 @@ def check_folders(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If `output_dir` is the folder of a model, or if it or `cache_dir` lies among the pairs.
     """
-    folders = {"mini": mini.model_path(), "mini-base": mini.model_path()}
+    folders = {"mini": mini.model_path(), "mini-base": mini.model_path(), "mini-sd3": mini.model_path("sd3")}
     for name in ("output_dir", "cache_dir"):
         written = getattr(args, name)
         for option in ("model", "clip_model", "perceptual_model", "loss_decoder"):
@@ -108,7 +107,7 @@ def apply_umask(folder: Path) -> None:
         file.chmod(mode)
 
 
-def save_pipeline(pipe: IEditPipeline, folder: Path) -> None:
+def save_pipeline(pipe: DiffusionPipeline, folder: Path) -> None:
     """Saves a pipeline into a folder that may hold other files and an older pipeline.
 
     It is written in full under a temporary name first. `model_index.json` comes last: with it, the folder is complete.
@@ -132,24 +131,21 @@ def save_pipeline(pipe: IEditPipeline, folder: Path) -> None:
     partial.rmdir()
 
 
-def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Saves a UNet's LoRA layers, for `pipe.load_lora_weights` on the base, and merges them into the UNet.
+def save_lora(family: Family, folder: Path) -> None:
+    """Saves the model's LoRA layers, for `pipe.load_lora_weights` on the base, and merges them into the model.
 
     Raises:
         OSError: If they cannot be written; what was there before is as it was.
     """
-    from peft import get_peft_model_state_dict
-
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
     try:
-        IEditPipeline.save_lora_weights(partial, unet_lora_layers=layers)
+        family.pipeline_class.save_lora_weights(partial, **family.lora_state())
         apply_umask(partial)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"The LoRA layers could not be written to {folder}: {error}") from error
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    unet.fuse_lora()
-    unet.unload_lora()
+    family.model.fuse_lora()
+    family.model.unload_lora()
