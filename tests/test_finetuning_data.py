@@ -11,8 +11,9 @@ from datasets import Dataset
 from PIL import Image
 from small_pairs import make_rows, tiny_models
 
-from diffusers_iedit import mini
+from diffusers_iedit import IEditPipeline, mini
 from diffusers_iedit.finetuning.data import ROWS_PER_FILE, CachedPairStream, PairStream, cache_pairs, draw_noise
+from diffusers_iedit.finetuning.families import StableDiffusion, load_family
 from diffusers_iedit.finetuning.models import PairEncoder, load_clip
 from diffusers_iedit.pairs.schema import FEATURES, validate
 
@@ -238,10 +239,9 @@ def test_a_picture_with_more_pixels_than_pil_allows_names_its_row(monkeypatch):
 @pytest.fixture(scope="module")
 def encoder():
     """Tiny models with everything that the losses need."""
-    components = tiny_models.sd_components(vae_scale_factor=4)
+    family = StableDiffusion(IEditPipeline(**tiny_models.sd_components(vae_scale_factor=4)))
     clip, processor = load_clip("mini")
-    models = (components["vae"], components["text_encoder"], components["tokenizer"])
-    return PairEncoder(*models, TERMS, clip, processor.tokenizer)
+    return PairEncoder(family, TERMS, clip, processor.tokenizer)
 
 
 def batch_of(stream, encoder, position):
@@ -328,46 +328,69 @@ def test_a_stream_that_crops_at_random_cannot_be_cached(pairs, encoder, tmp_path
 def test_latents_are_the_scaled_modes_of_the_vae(pairs, encoder):
     sample = PairStream(pairs, 32).sample(0, (0.5, 0.5), False)
     encoded = encoder(torch.utils.data.default_collate([sample]))
-    vae = encoder.vae
+    vae = encoder.family.pipe.vae
     expected = vae.encode(2 * sample["target_image"][None] - 1).latent_dist.mean * vae.config.scaling_factor
     assert torch.allclose(encoded["target_latents"], expected, atol=1e-6)
 
 
 def test_what_no_term_needs_is_not_encoded(pairs, encoder):
     batch = torch.utils.data.default_collate([PairStream(pairs, 32)[0]])
-    plain = PairEncoder(encoder.vae, encoder.text_encoder, encoder.tokenizer, ("paired",))
+    plain = PairEncoder(encoder.family, ("paired",))
     assert plain(batch).keys() == {"source_latents", "target_latents", "prompt_states"}
 
 
 # Noise
 
 
-def test_noise_and_timestep_do_not_depend_on_the_batch():
-    timesteps, noise = draw_noise([5, 6, 7], (4, 8, 8), 1000)
+@pytest.fixture(scope="module", params=["mini", "mini-sd3"])
+def family(request):
+    return load_family(request.param)
+
+
+def test_noise_and_timestep_do_not_depend_on_the_batch(family):
+    timesteps, noise = draw_noise([5, 6, 7], (4, 8, 8), family.draw_timestep)
     torch.manual_seed(1)
     for index, seed in enumerate((5, 6, 7)):
-        alone = draw_noise([seed], (4, 8, 8), 1000)
+        alone = draw_noise([seed], (4, 8, 8), family.draw_timestep)
         assert torch.equal(alone[0][0], timesteps[index])
         assert torch.equal(alone[1][0], noise[index])
     assert len(set(timesteps.tolist())) == 3
 
 
-def test_noise_leaves_the_global_random_state_alone():
+def test_noise_leaves_the_global_random_state_alone(family):
     before = torch.get_rng_state()
-    draw_noise([1, 2], (4, 8, 8), 1000)
+    draw_noise([1, 2], (4, 8, 8), family.draw_timestep)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_timesteps_are_uniform_from_0_to_999_and_noise_is_unit_gaussian():
+def many_timesteps(family):
     stream = PairStream(as_pairs(make_rows(1)), 32)
     seeds = [stream.draw(position)["noise_seed"] for position in range(4000)]
-    timesteps, noise = draw_noise(seeds, (8,), 1000)
+    return draw_noise(seeds, (8,), family.draw_timestep)
+
+
+def test_timesteps_are_uniform_from_0_to_999_and_noise_is_unit_gaussian():
+    timesteps, noise = many_timesteps(load_family("mini"))
     assert timesteps.min() < 10
     assert 990 <= timesteps.max() <= 999
     counts = torch.histc(timesteps.float(), bins=10, min=0, max=1000)
     assert (counts - 400).abs().max() < 100
     assert noise.mean().abs() < 0.03
     assert abs(noise.std() - 1) < 0.03
+
+
+def test_timesteps_of_flow_matching_have_the_density_of_their_scheme():
+    """By default the logit of sigma is a standard normal variable, as in diffusers' scripts."""
+    family = load_family("mini-sd3")
+    sigma = many_timesteps(family)[0] / 1000
+    logits = torch.logit(sigma.clamp(max=0.9995))
+    assert abs(logits.mean()) < 0.06
+    assert abs(logits.std() - 1) < 0.05
+    family.density = {"weighting_scheme": "logit_normal", "logit_mean": 1.0, "logit_std": 0.5}
+    logits = torch.logit((many_timesteps(family)[0] / 1000).clamp(max=0.9995))
+    # A large share u is a large index into the timesteps, which fall.
+    assert abs(logits.mean() + 1) < 0.03
+    assert abs(logits.std() - 0.5) < 0.03
 
 
 def test_the_mini_encoder_reads_mini_captions():

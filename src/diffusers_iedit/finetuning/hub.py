@@ -233,9 +233,10 @@ def push_folder(
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     wanted = ["model_index.json"]
     index = json.loads((folder / "model_index.json").read_text()) if "model_index.json" in there else {}
-    # A stock pipeline brings no code of its own.
-    kind = index.get("_class_name", "IEditPipeline")
-    wanted += CODE_FILES if kind == "IEditPipeline" else ()
+    # Only a UNet's pipeline is an IEditPipeline, which brings its code.
+    is_iedit = "transformer" not in index
+    kind = "IEditPipeline" if is_iedit else index.get("_class_name", "pipeline")
+    wanted += CODE_FILES if is_iedit else ()
     if missing := sorted(set(wanted) - there):
         raise ValueError(f"`folder` has to be a saved {kind}, but {folder} lacks {', '.join(missing)}.")
     for component, origin in index.items():

@@ -23,6 +23,16 @@ PRESETS = {
         "snr_gamma": 1.0,
         "lr_scheduler": "cosine",
     },
+    # The same for flow matching.
+    "tuned-sd3": {
+        "train_blocks": "all",
+        "lora_rank": 0,
+        "caption_dropout": 0.1,
+        "background_weight": 3.0,
+        "overlap_masks": True,
+        "min_edit_timestep": 100,
+        "lr_scheduler": "cosine",
+    },
 }
 
 TRAIN_BLOCKS = ("alternate", "input", "first", "middle", "all", "attention")

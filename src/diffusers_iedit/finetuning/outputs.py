@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shutil
 import stat
 from pathlib import Path
@@ -119,6 +120,12 @@ def save_pipeline(pipe: DiffusionPipeline, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         pipe.save_pretrained(partial)
+        for file in [partial / "model_index.json", *partial.glob("*/*config.json")]:
+            # The paths of this machine are nobody's business.
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if [config.pop(name) for name in ("_name_or_path", "name_or_path", "local_files_only") if name in config]:
+                file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        apply_umask(partial)
     except Exception as error:
         # A full disk comes as an OSError or a SafetensorError, depending on who was writing.
         shutil.rmtree(partial, ignore_errors=True)
