@@ -23,6 +23,7 @@ from datasets import Dataset
 from diffusers import StableDiffusion3Img2ImgPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from diffusers_iedit import IEditPipeline, mini
@@ -77,6 +78,11 @@ def write_base(folder: Path, **scheduler) -> Path:
 def write_sd3_base(folder: Path, layers: int = 3) -> Path:
     """A tiny random Stable Diffusion 3 for pictures of 32 pixels."""
     components = tiny_models.sd3_components(vae_scale_factor=4, num_layers=layers)
+    tokenizer = T5Tokenizer(extra_ids=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=64, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        components |= {"text_encoder_3": T5EncoderModel(config).eval(), "tokenizer_3": tokenizer}
     StableDiffusion3Img2ImgPipeline(**components).save_pretrained(folder)
     return folder
 
