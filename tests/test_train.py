@@ -510,7 +510,7 @@ def test_a_row_of_table_2_is_trained_by_its_name_and_each_term_is_logged(tmp_pat
     train(arguments(pairs, base, tmp_path / "model", "--max_train_steps", 2, "--loss", loss))
     lines = losses(tmp_path / "model")
     assert [line["step"] for line in lines] == [1, 2]
-    assert list(lines[0]) == ["step", "loss", *loss.split("+"), "learning_rate"]
+    assert list(lines[0]) == ["step", "loss", *loss.split("+"), "learning_rate", "left_out"]
     assert all(line[term] > 0 for line in lines for term in loss.split("+"))
     assert changed(weights(tmp_path / "model"), weights(base))
 

@@ -24,6 +24,7 @@ import shlex
 import shutil
 import signal
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -35,7 +36,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from datasets.fingerprint import Hasher
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, parse_buckets_string
 from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -161,7 +162,7 @@ def write_card(
 ) -> None:
     """Fills model_card.md from the run."""
     last = loss_log.read()[-100:]
-    losses = {name: sum(row[name] for row in last) / len(last) for name in loss_log.columns[1:-1]}
+    losses = {name: sum(row[name] for row in last) / len(last) for name in loss_log.losses}
     names = (
         "preset loss lambda_perc background_weight overlap_masks min_edit_timestep caption_dropout snr_gamma "
         "weighting_scheme train_blocks lora_rank max_train_steps learning_rate lr_scheduler lr_warmup_steps "
@@ -278,11 +279,19 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         logger.warning(
             f"`resolution` {args.resolution} is more than the {native} pixels that {args.model} was made for."
         )
-    if args.resolution % family.multiple:
-        raise ValueError(
-            f"`resolution` has to be a multiple of {family.multiple}, as {args.model} sees so many pixels as one, got"
-            f" {args.resolution}."
-        )
+    buckets = None
+    if args.aspect_ratio_buckets is not None:
+        try:
+            buckets = parse_buckets_string(args.aspect_ratio_buckets)
+        except ValueError as error:
+            raise ValueError(f"`aspect_ratio_buckets`: {error}") from error
+    for name, sides in (("resolution", [args.resolution]), ("aspect_ratio_buckets", chain(*(buckets or [])))):
+        for side in sides:
+            if side % family.multiple:
+                raise ValueError(
+                    f"`{name}` has to be a multiple of {family.multiple}, as {args.model} sees so many pixels as one,"
+                    f" got {side}."
+                )
     for module in (vae, model, *family.text_encoders):
         module.requires_grad_(False)
     vae.to(accelerator.device)
@@ -332,13 +341,28 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         pairs = open_pairs(args.train_data, args.train_split, family.pipe.tokenizer)
         shown = open_pairs(args.validation_data) if args.validation_data else pairs
     shown = shown.select(range(min(args.num_validation_pairs, len(shown))))
-    augmentation = (args.random_crop, args.random_flip, args.caption_dropout)
-    stream = PairStream(pairs, args.resolution, *augmentation, args.seed, family.pipe.tokenizer)
+    total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    stream = PairStream(
+        pairs,
+        args.resolution,
+        args.random_crop,
+        args.random_flip,
+        args.caption_dropout,
+        args.seed,
+        family.pipe.tokenizer,
+        buckets,
+        total_batch_size,
+        family.pipe.vae_scale_factor,
+        args.overlap_masks and "mask" in terms,
+    )
     if args.cache_latents:
         networks = [network for network in (vae, *family.text_encoders, clip) if network is not None]
         weights = [float(p.sum()) for network in networks for p in network.parameters()]
         key = Hasher.hash(
-            [pairs._fingerprint, weights, args.resolution, args.random_flip, sorted(needed), with_captions, str(half)]
+            [
+                *(pairs._fingerprint, weights, stream.sizes, args.random_flip, stream.overlap_masks, sorted(needed)),
+                *(with_captions, str(half)),
+            ]
         )
         folder = (args.cache_dir or output_dir / "cache") / key
         stream = CachedPairStream(stream, cache_pairs(stream, encoder, folder, accelerator))
@@ -389,7 +413,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     register_hooks(accelerator, trainable, ema)
 
     # 5. Where it starts.
-    total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     config = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
     for name in ("train_batch_size", "gradient_accumulation_steps"):
         config.pop(name)
@@ -406,7 +429,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             remove_later(checkpoint)
         elif args.overwrite_output_dir:
             remove_run(output_dir)
-        loss_log = LossLog(output_dir / "losses.csv", ["step", "loss", *terms, "learning_rate"], first_step)
+        loss_log = LossLog(
+            output_dir / "losses.csv", ["step", "loss", *terms, "learning_rate", "left_out"], first_step
+        )
         partial = output_dir / "training_args.json.partial"
         partial.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
         partial.replace(output_dir / "training_args.json")
@@ -466,7 +491,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
                         args.snr_gamma,
                         args.min_edit_timestep,
                     )
-                seen = [loss, *(losses[term] for term in terms), torch.full_like(loss, bool(terminated))]
+                left_out = batch["left_out"].to(loss.device)
+                loss = loss.masked_fill(left_out, 0)
+                seen = [loss, *(losses[term] for term in terms), left_out, torch.full_like(loss, bool(terminated))]
                 seen = accelerator.gather(torch.stack(seen, 1).detach())
                 micro_batches.append(seen)
                 finite = seen.isfinite().all()
@@ -491,12 +518,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
                     # EMAModel does not average what needs no gradient, and that are those whose turn it is not.
                     parameter.requires_grad_(True)
                 ema.step(trainable.values())
-            *means, stopped = torch.cat(micro_batches).mean(0).tolist()
+            *means, left_out, stopped = torch.cat(micro_batches).mean(0).tolist()
             micro_batches = []
             means = dict(zip(("loss", *terms), means, strict=True))
             learning_rate = lr_scheduler.get_last_lr()[0]
             if accelerator.is_main_process:
-                loss_log.write({"step": step, **means, "learning_rate": learning_rate})
+                left_out = round(left_out * total_batch_size)
+                loss_log.write({"step": step, **means, "learning_rate": learning_rate, "left_out": left_out})
             curves = {name if name == "loss" else f"loss/{name}": value for name, value in means.items()}
             accelerator.log(curves | {"learning_rate": learning_rate}, step)
             progress.update()
@@ -516,6 +544,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if stopped:
         accelerator.end_training()
         return
+
+    if accelerator.is_main_process:
+        left_out, count = (sum(row["left_out"] for row in loss_log.read()), args.max_train_steps * total_batch_size)
+        if left_out:
+            logger.warning(
+                f"{left_out:.0f} of {count} samples were left out: at this size one of their masks, or with"
+                " --overlap_masks the overlap, covers less than a tenth of any latent. losses.csv has them by steps."
+            )
 
     # 7. The model: the base with what was trained in its place. LoRA layers are merged, and lie beside it as well.
     if validation:

@@ -248,7 +248,7 @@ class StableDiffusion3(Family):
         "attention": ("attention",),
     }
     # As diffusers' scripts have it.
-    lora_layers = r"\.attn2?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+    lora_layers = r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
     resolution = 512
     lora_rank = 16
     prediction_type = "flow_prediction"
@@ -351,7 +351,7 @@ def find_family(model: str) -> type[Family]:
     for family in FAMILIES:
         if family.fits(index):
             return family
-    kinds = ", or ".join(family.kind for family in FAMILIES)
+    kinds = ", or a ".join(family.kind for family in FAMILIES)
     raise ValueError(
         f"`model` {model!r} is a {index['_class_name']}, which cannot be fine-tuned here: it has to be a {kinds}."
     )

@@ -117,7 +117,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="height and width of the training pictures; by default the size that the base was made for, but no more"
         " than the paper's 384, and with Stable Diffusion 3 than 512",
     )
-    group.add_argument("--random_crop", action="store_true", help="crop a pair anywhere instead of in the centre")
+    group.add_argument(
+        "--aspect_ratio_buckets",
+        metavar="HEIGHT,WIDTH;...",
+        help="train each pair at that one of these sizes whose aspect is nearest to its source's, instead of at the"
+        " resolution; a step has pairs of one size",
+    )
+    group.add_argument(
+        "--random_crop",
+        action="store_true",
+        help="crop a pair anywhere instead of in the centre; either way, so that the crop holds what the masks mark",
+    )
     group.add_argument("--random_flip", action="store_true", help="mirror half of the pairs")
     group.add_argument(
         "--cache_latents", action="store_true", help="encode the pairs once, before the first step, not in each step"

@@ -16,7 +16,8 @@ from .families import Family
 
 
 class LossLog:
-    """A CSV file with a line for each step: `step`, `loss`, each term without its weight, and `learning_rate`.
+    """A CSV file with a line for each step: `step`, `loss`, each term without its weight, `learning_rate`, and
+    `left_out`, the number of samples that had no part in it.
 
     Args:
         file (`Path`): The file.
@@ -34,6 +35,11 @@ class LossLog:
             writer.writeheader()
             writer.writerows(row | {"step": int(row["step"])} for row in kept)
         partial.replace(file)
+
+    @property
+    def losses(self) -> list[str]:
+        """The columns that are losses."""
+        return [name for name in self.columns if name not in ("step", "learning_rate", "left_out")]
 
     def write(self, row: dict[str, float]) -> None:
         """Appends one line."""
@@ -55,8 +61,7 @@ class LossLog:
         matplotlib.use("agg")
         from matplotlib import pyplot
 
-        rows = self.read()
-        losses = [name for name in self.columns if name not in ("step", "learning_rate")]
+        rows, losses = self.read(), self.losses
         window = max(1, len(rows) // 100)
         figure, axes = pyplot.subplots(1, len(losses), figsize=(3.2 * len(losses), 2.6), layout="constrained")
         for axis, name in zip(axes, losses, strict=True):

@@ -55,7 +55,7 @@ class Validation:
         stream = PairStream(pairs, resolution)
         # Under FSDP every process has to take part in every forward pass, so all get equally many rows.
         with accelerator.split_between_processes(list(range(len(pairs))), apply_padding=True) as rows:
-            self.samples = [(row, stream.sample(row, (0.5, 0.5), False)) for row in rows]
+            self.samples = [(row, stream.sample(row, None, False)) for row in rows]
         self.base = [self._edit(row, sample) for row, sample in self.samples]
 
     def _edit(self, row: int, sample: dict, mask: torch.Tensor | None = None) -> Image.Image:
