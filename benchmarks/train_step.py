@@ -38,12 +38,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, default_collate
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
-from diffusers_iedit import mini
+from diffusers_iedit import IEditPipeline, mini
 from diffusers_iedit.finetuning.data import PairStream, draw_noise
+from diffusers_iedit.finetuning.families import StableDiffusion, load_base
 from diffusers_iedit.finetuning.models import (
     PairEncoder,
     batch_loss,
-    load_base,
     load_clip,
     load_decoder,
     load_features,
@@ -176,6 +176,10 @@ class Training:
             tokenizer = clip_tokenizer = sd_size.tokenizer()
             image_processor = CLIPImageProcessor()
             self.scheduler = DDPMScheduler.from_config(DDIMScheduler(**sd_size.SCHEDULER).config)
+        models = {name: self.networks[name] for name in ("vae", "text_encoder", "unet")}
+        self.family = StableDiffusion(
+            IEditPipeline(**models, tokenizer=tokenizer, scheduler=self.scheduler, requires_safety_checker=False)
+        )
 
         embed_image = None
         if "clip" in names:
@@ -183,17 +187,14 @@ class Training:
                 embed_image = CLIPImageEmbedder(self.networks["clip"], image_processor)
         self.encoders, self.criteria = {}, {}
         for variant in variants:
-            self.encoders[variant] = PairEncoder(
-                *(self.vae, self.networks["text_encoder"], tokenizer, variant.terms),
-                *(self.networks.get("clip"), clip_tokenizer),
-            )
+            self.encoders[variant] = PairEncoder(self.family, variant.terms, self.networks.get("clip"), clip_tokenizer)
             if variant.terms:
                 decode = LatentDecoder(self.networks["tiny_vae" if variant.decoder == "tiny" else "vae"])
                 networks = {"decode": decode, "embed_image": embed_image, "features": self.networks.get("vgg")}
                 self.criteria[variant] = IEditLoss(variant.terms, **networks)
-        self.empty_states = self.encoders[variants[0]].encode_prompts([""])
+        self.empty_prompt = self.encoders[variants[0]].encode_prompts([""])
 
-        self.groups = parameter_groups(self.unet, "alternate")
+        self.groups = parameter_groups(self.family, "alternate")
         self.trainable = {name: parameter for group in self.groups for name, parameter in group.items()}
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
@@ -209,8 +210,8 @@ class Training:
             with torch.no_grad():
                 images = 2 * batch["source_image"].to(self.device) - 1
                 latents = self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor
-                states = self.encoders[variant].encode_prompts(batch["edit_prompt"])
-        timesteps, noise = draw_noise(batch["noise_seed"], latents.shape[1:], 1000)
+                states = self.encoders[variant].encode_prompts(batch["edit_prompt"])["states"]
+        timesteps, noise = draw_noise(batch["noise_seed"], latents.shape[1:], self.family.draw_timestep)
         timesteps, noise = timesteps.to(self.device), noise.to(self.device)
         with torch.autocast(self.device, self.half, enabled=self.half != torch.float32):
             noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
@@ -220,11 +221,11 @@ class Training:
         """Eq. 12 with the variant's terms, as train_iedit.py has it."""
         encoded = batch if variant.option == "cached" else self.encoders[variant](batch)
         shape = encoded["source_latents"].shape[1:]
-        timesteps, noise = draw_noise(batch["noise_seed"], shape, 1000)
+        timesteps, noise = draw_noise(batch["noise_seed"], shape, self.family.draw_timestep)
         with torch.autocast(self.device, self.half, enabled=self.half != torch.float32):
             loss, _ = batch_loss(
-                *(self.unet, self.criteria[variant], self.scheduler, encoded, timesteps, noise),
-                *(self.empty_states, batch["drop_caption"]),
+                *(self.family, self.unet, self.criteria[variant], encoded, timesteps, noise),
+                *(self.empty_prompt, batch["drop_caption"]),
             )
         return loss.mean()
 

@@ -20,8 +20,10 @@ import tiny_models
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
+from diffusers import StableDiffusion3Img2ImgPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from diffusers_iedit import IEditPipeline, mini
@@ -35,6 +37,7 @@ import train_iedit
 SCRIPT = Path(train_iedit.__file__)
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
 COUNT = 12
 
@@ -69,6 +72,18 @@ def write_base(folder: Path, **scheduler) -> Path:
     components = tiny_models.sd_components(vae_scale_factor=4)
     components["scheduler"] = components["scheduler"].from_config(components["scheduler"].config, **scheduler)
     IEditPipeline(**components).save_pretrained(folder)
+    return folder
+
+
+def write_sd3_base(folder: Path, layers: int = 3) -> Path:
+    """A tiny random Stable Diffusion 3 for pictures of 32 pixels."""
+    components = tiny_models.sd3_components(vae_scale_factor=4, num_layers=layers)
+    tokenizer = T5Tokenizer(extra_ids=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=64, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        components |= {"text_encoder_3": T5EncoderModel(config).eval(), "tokenizer_3": tokenizer}
+    StableDiffusion3Img2ImgPipeline(**components).save_pretrained(folder)
     return folder
 
 
@@ -129,9 +144,15 @@ def losses(output_dir: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in line.items()} for line in csv.DictReader(file)]
 
 
-def unet(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a pipeline's UNet."""
-    return load_file(folder / UNET)
+def weights_file(folder: Path) -> Path:
+    """Where a pipeline's UNet or transformer has its weights."""
+    (file,) = [folder / name for name in (UNET, TRANSFORMER) if (folder / name).exists()]
+    return file
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a pipeline's UNet or transformer."""
+    return load_file(weights_file(folder))
 
 
 def same_end(output_dir: Path, undisturbed: Path) -> bool:
@@ -140,7 +161,7 @@ def same_end(output_dir: Path, undisturbed: Path) -> bool:
     assert not [file for file in output_dir.rglob("*") if "partial" in file.name]
     for name in ("model_index.json", "README.md", "loss.png", "training_args.json"):
         assert (output_dir / name).exists(), name
-    return (output_dir / UNET).read_bytes() == (undisturbed / UNET).read_bytes()
+    return weights_file(output_dir).read_bytes() == weights_file(undisturbed).read_bytes()
 
 
 # In processes of their own

@@ -11,8 +11,9 @@ from datasets import Dataset
 from PIL import Image
 from small_pairs import make_rows, tiny_models
 
-from diffusers_iedit import mini
+from diffusers_iedit import IEditPipeline, mini
 from diffusers_iedit.finetuning.data import ROWS_PER_FILE, CachedPairStream, PairStream, cache_pairs, draw_noise
+from diffusers_iedit.finetuning.families import StableDiffusion, load_family
 from diffusers_iedit.finetuning.models import PairEncoder, load_clip
 from diffusers_iedit.pairs.schema import FEATURES, validate
 
@@ -26,18 +27,29 @@ def as_pairs(rows):
     return Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
 
 
-def place_image(width, height):
-    """A picture whose red tells the column, from 0 to 250, and whose green the row; and a mask: where red > 125."""
+def place_image(width, height, marked=(125, 250)):
+    """A picture whose red tells the column, from 0 to 250, and whose green the row; and a mask: where red is so."""
     x, y = np.meshgrid(np.linspace(0, 250, width), np.linspace(0, 250, height))
     pixels = np.stack([x, y, np.zeros_like(x)], 2).round().astype(np.uint8)
-    return Image.fromarray(pixels), Image.fromarray(np.where(pixels[..., 0] > 125, 255, 0).astype(np.uint8))
+    mask = (pixels[..., 0] > marked[0]) & (pixels[..., 0] <= marked[1])
+    return Image.fromarray(pixels), Image.fromarray(255 * mask.astype(np.uint8))
 
 
-def place_pairs(source_size, target_size):
+def place_pairs(source_size, target_size, marked=(125, 250)):
     """A set of one pair of such pictures."""
     row = make_rows(1)[0]
     for side, size in zip(SIDES, (source_size, target_size), strict=True):
-        row[f"{side}_image"], row[f"{side}_mask"] = place_image(*size)
+        row[f"{side}_image"], row[f"{side}_mask"] = place_image(*size, marked)
+    return as_pairs([row])
+
+
+def box_pairs(size, source_box, target_box=None, target_size=None):
+    """A set of one pair of such pictures, with these boxes (left, top, right, bottom) for masks."""
+    row = make_rows(1)[0]
+    for side, pixels, box in (("source", size, source_box), ("target", target_size or size, target_box or source_box)):
+        row[f"{side}_image"], mask = place_image(*pixels)[0], Image.new("L", pixels)
+        mask.paste(255, box)
+        row[f"{side}_mask"] = mask
     return as_pairs([row])
 
 
@@ -118,7 +130,7 @@ def test_images_and_masks_of_different_sizes_come_out_at_the_resolution():
 
 
 def test_the_middle_of_the_longer_side_is_kept_at_the_scale_of_the_shorter_one():
-    sample = PairStream(place_pairs((64, 32), (32, 64)), 32)[0]
+    sample = PairStream(box_pairs((64, 32), (20, 4, 44, 28), (4, 20, 28, 44), (32, 64)), 32)[0]
     red, green = 255 * sample["source_image"][0], 255 * sample["target_image"][1]
     # Pixels 16 to 47 of 64.
     expected = 250 * torch.arange(16, 48) / 63
@@ -128,7 +140,8 @@ def test_the_middle_of_the_longer_side_is_kept_at_the_scale_of_the_shorter_one()
 
 def test_crop_and_flip_are_the_same_for_source_target_and_both_masks():
     # The sizes differ, but the scaled pictures are the same, so equal crops show equal pixels.
-    stream = PairStream(place_pairs((96, 48), (192, 96)), 32, random_crop=True, random_flip=True)
+    pairs = place_pairs((96, 48), (192, 96), marked=(120, 130))
+    stream = PairStream(pairs, 32, random_crop=True, random_flip=True)
     lefts, flips = set(), 0
     for position in range(40):
         sample = stream[position]
@@ -139,11 +152,11 @@ def test_crop_and_flip_are_the_same_for_source_target_and_both_masks():
         lefts.add(round(float(red.min())))
         assert torch.allclose(sample["source_image"], sample["target_image"], atol=3 / 255)
         for side in SIDES:
-            # Beside the edge, which is soft after scaling, the mask is where its picture is red.
-            red = 255 * sample[f"{side}_image"][0]
-            assert sample[f"{side}_mask"][0][red > 140].eq(1).all()
-            assert sample[f"{side}_mask"][0][red < 110].eq(0).all()
-    assert len(lefts) > 20
+            # The mask is where its picture has this red, but for its edge, which is soft after scaling.
+            red, mask = 255 * sample[f"{side}_image"][0], sample[f"{side}_mask"][0]
+            assert mask[(red > 123) & (red < 127)].gt(0.5).all()
+            assert mask[(red < 110) | (red > 140)].eq(0).all()
+    assert len(lefts) > 15
     assert 10 < flips < 30
 
 
@@ -160,6 +173,161 @@ def test_without_random_flip_nothing_is_mirrored_and_with_it_the_others_stay():
     assert seen == {False, True}
 
 
+# The crop keeps the edit
+
+
+# Where the mask is, in fractions of the picture.
+BOXES = {
+    "left": (0, 0.4, 0.1, 0.6),
+    "right": (0.9, 0, 1, 1),
+    "top": (0.4, 0, 0.6, 0.1),
+    "middle": (0.4, 0.4, 0.6, 0.6),
+}
+
+
+@pytest.mark.parametrize("random_crop", [False, True])
+@pytest.mark.parametrize("size", [(90, 40), (40, 90)])
+@pytest.mark.parametrize("where", BOXES)
+def test_a_crop_holds_all_that_is_marked(where, size, random_crop):
+    left, top, right, bottom = (round(share * edge) for share, edge in zip(BOXES[where], 2 * size, strict=True))
+    stream = PairStream(box_pairs(size, (left, top, right, bottom)), 32, random_crop=random_crop, random_flip=True)
+    area = (right - left) * (bottom - top) * (32 / 40) ** 2
+    for position in range(8):
+        sample = stream[position]
+        for name in ("source_mask", "target_mask"):
+            assert sample[name].sum().item() == pytest.approx(area, rel=0.15)
+        assert not sample["left_out"]
+
+
+def test_pictures_of_one_size_are_cropped_alike_and_so_that_both_masks_are_whole():
+    pairs = box_pairs((120, 40), (0, 10, 16, 30), (24, 10, 36, 30))
+    for position in range(8):
+        sample = PairStream(pairs, 32, random_crop=True)[position]
+        assert torch.equal(sample["source_image"], sample["target_image"])
+        assert sample["source_mask"].sum().item() == pytest.approx(16 * 20 * 0.64, rel=0.15)
+        assert sample["target_mask"].sum().item() == pytest.approx(12 * 20 * 0.64, rel=0.15)
+
+
+def test_pictures_of_other_aspects_are_cropped_each_around_its_own_mask():
+    pairs = box_pairs((90, 40), (0, 10, 20, 30), (10, 80, 30, 100), target_size=(40, 100))
+    for random_crop in (False, True):
+        sample = PairStream(pairs, 32, random_crop=random_crop)[0]
+        for name in ("source_mask", "target_mask"):
+            assert sample[name].sum().item() == pytest.approx(20 * 20 * 0.64, rel=0.15)
+
+
+def test_what_no_crop_can_hold_is_scaled_down_with_its_pair_and_the_edges_go_on():
+    # Two things at the ends of a 90 x 40 picture: at 32 pixels, the picture would be 72 wide.
+    pairs = box_pairs((90, 40), (0, 0, 90, 40), (40, 10, 60, 30))
+    for random_crop in (False, True):
+        sample = PairStream(pairs, 32, random_crop=random_crop)[0]
+        rows = sample["source_mask"][0].sum(1)
+        # 32 x 14 pixels in the middle, with what is marked in the target at the same scale.
+        assert rows.gt(16).sum().item() == 14
+        assert sample["source_mask"].sum().item() == pytest.approx(32 * 14, rel=0.1)
+        assert sample["target_mask"].sum().item() == pytest.approx(20 * 20 * (32 / 90) ** 2, rel=0.25)
+        for name in ("source_image", "target_image"):
+            picture = sample[name]
+            assert torch.equal(picture[:, 0], picture[:, 9])
+            assert torch.equal(picture[:, -1], picture[:, 22])
+            assert not torch.equal(picture[:, 0], picture[:, -1])
+
+
+def test_a_mask_that_vanishes_among_the_latents_leaves_its_pair_out():
+    for side, left_out in ((1, True), (2, True), (3, False)):
+        pairs = box_pairs((64, 64), (10, 10, 40, 40), (20, 20, 20 + side, 20 + side))
+        assert PairStream(pairs, 64, latent_pixels=8)[0]["left_out"] == left_out
+    # One pixel of 512 is nothing at 64.
+    assert PairStream(box_pairs((512, 512), (10, 10, 400, 400), (8, 8, 9, 9)), 64, latent_pixels=4)[0]["left_out"]
+
+
+def test_masks_that_do_not_overlap_are_left_out_where_only_their_overlap_is_edited():
+    pairs = box_pairs((64, 64), (0, 0, 20, 20), (30, 30, 60, 60))
+    for overlap_masks in (False, True):
+        assert PairStream(pairs, 64, latent_pixels=4, overlap_masks=overlap_masks)[0]["left_out"] == overlap_masks
+
+
+def test_what_is_left_out_is_cached_as_such(encoder, tmp_path):
+    pairs = box_pairs((64, 64), (10, 10, 40, 40), (20, 20, 21, 21))
+    stream = PairStream(pairs, 32, latent_pixels=4)
+    cached = CachedPairStream(stream, cache_pairs(stream, encoder, tmp_path, PartialState()))
+    assert bool(cached[0]["left_out"])
+
+
+# Buckets
+
+
+BUCKETS = [(32, 32), (24, 48), (48, 24)]
+SIZES = [(64, 64), (100, 50), (128, 64), (50, 100), (60, 60), (90, 45), (64, 70)]
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """Pairs of which three are nearly square, three wide and one is high."""
+    rows = make_rows(len(SIZES))
+    for row, size in zip(rows, SIZES, strict=True):
+        for name in IMAGES:
+            row[name] = row[name].resize(size)
+    return as_pairs(rows)
+
+
+def test_a_pair_gets_the_bucket_whose_aspect_is_nearest(mixed):
+    stream = PairStream(mixed, 64, buckets=BUCKETS)
+    for row, (width, height) in enumerate(SIZES):
+        nearest = min(BUCKETS, key=lambda size: abs(height * size[1] - width * size[0]))
+        for name in IMAGES:
+            assert stream.sample(row, None, False)[name].shape[1:] == nearest
+
+
+def test_the_samples_of_a_step_have_one_size_and_every_row_comes_in_every_epoch(mixed):
+    stream = PairStream(mixed, 64, buckets=BUCKETS, samples_per_step=2)
+    # Two steps for three rows, two for three, and one for one.
+    assert stream.epoch_length == 10
+    orders = set()
+    for epoch in range(4):
+        rows = [stream.draw(position)["row"] for position in range(10 * epoch, 10 * epoch + 10)]
+        assert set(rows) == set(range(len(SIZES)))
+        orders.add(tuple(rows))
+        for first, second in zip(rows[::2], rows[1::2], strict=True):
+            assert stream.bucket_of[first] == stream.bucket_of[second]
+    assert len(orders) == 4
+
+
+def test_a_sample_in_buckets_depends_on_seed_and_position_alone(mixed):
+    options = {"buckets": BUCKETS, "samples_per_step": 2, "random_crop": True, "random_flip": True, "seed": 3}
+    in_order, alone = PairStream(mixed, 64, **options), PairStream(mixed, 64, **options)
+    visited = [in_order[position] for position in range(25)]
+    for position in (24, 11, 0):
+        assert equal(alone[position], visited[position])
+
+
+def test_buckets_can_be_cached(mixed, encoder, tmp_path):
+    stream = PairStream(mixed, 64, buckets=BUCKETS, samples_per_step=2, random_flip=True)
+    cached = CachedPairStream(stream, cache_pairs(stream, encoder, tmp_path, PartialState()))
+    for position in range(20):
+        expected, _ = batch_of(stream, encoder, position)
+        for name, value in expected.items():
+            tolerance = 0.5 / 255 + 1e-6 if name.endswith(("_image", "_mask")) else 1e-4
+            assert torch.allclose(cached[position][name], value[0], atol=tolerance), name
+
+
+def test_a_picture_whose_size_cannot_be_read_names_its_row():
+    rows = make_rows(3)
+    rows[1]["source_image"] = {"bytes": b"no picture", "path": None}
+    with pytest.raises(ValueError, match=r"^Row 1 of the pairs: `source_image` cannot be decoded: "):
+        PairStream(as_pairs(rows), 32, buckets=BUCKETS)
+
+
+# Few pairs
+
+
+def test_a_single_pair_fills_every_batch():
+    stream = PairStream(as_pairs(make_rows(1)), 32, random_flip=True)
+    batch = next(iter(torch.utils.data.DataLoader(stream, 4, sampler=range(4))))
+    assert batch["row"].tolist() == [0, 0, 0, 0]
+    assert len(set(batch["noise_seed"].tolist())) == 4
+
+
 # Pairs that cannot be used
 
 
@@ -167,7 +335,7 @@ def test_a_sample_of_a_black_mask_names_its_row():
     rows = make_rows(3)
     rows[1]["target_mask"] = Image.new("L", (64, 64), 127)
     with pytest.raises(ValueError, match=r"^Row 1 of the pairs: `target_mask` is black"):
-        PairStream(as_pairs(rows), 32).sample(1, (0.5, 0.5), False)
+        PairStream(as_pairs(rows), 32).sample(1, None, False)
 
 
 def test_a_sample_of_a_mask_of_another_size_names_its_row_and_both_sizes():
@@ -176,14 +344,14 @@ def test_a_sample_of_a_mask_of_another_size_names_its_row_and_both_sizes():
     with pytest.raises(
         ValueError, match=r"^Row 2 of the pairs: `source_mask` is 64 x 32, but `source_image` is 64 x 64"
     ):
-        PairStream(as_pairs(rows), 32).sample(2, (0.5, 0.5), False)
+        PairStream(as_pairs(rows), 32).sample(2, None, False)
 
 
 def test_an_image_that_cannot_be_decoded_names_its_row():
     rows = make_rows(3)
     rows[1]["source_image"] = {"bytes": b"no picture", "path": None}
     with pytest.raises(ValueError, match=r"^Row 1 of the pairs: `source_image` cannot be decoded: "):
-        PairStream(as_pairs(rows), 32).sample(1, (0.5, 0.5), False)
+        PairStream(as_pairs(rows), 32).sample(1, None, False)
 
 
 @pytest.mark.parametrize("name", ["edit_prompt", "target_term", "source_image", "target_mask"])
@@ -191,7 +359,7 @@ def test_a_value_that_is_missing_is_named_with_its_row(name):
     rows = make_rows(3)
     rows[1][name] = None
     with pytest.raises(ValueError, match=f"^Row 1 of the pairs: `{name}` is "):
-        PairStream(as_pairs(rows), 32).sample(1, (0.5, 0.5), False)
+        PairStream(as_pairs(rows), 32).sample(1, None, False)
 
 
 def alpha_mask():
@@ -222,14 +390,14 @@ def test_a_faulty_row_is_the_same_fault_to_validate_and_when_its_turn_comes(chan
     pairs = as_pairs(rows)
     (fault,) = validate(pairs, tokenizer=tokenizer)
     with pytest.raises(ValueError, match=r"^Row 1 of the pairs: ") as error:
-        PairStream(pairs, 32, tokenizer=tokenizer).sample(1, (0.5, 0.5), False)
+        PairStream(pairs, 32, tokenizer=tokenizer).sample(1, None, False)
     assert str(error.value) == fault.replace("the pairs, row 1", "Row 1 of the pairs")
 
 
 def test_a_picture_with_more_pixels_than_pil_allows_names_its_row(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 63 * 63 // 2)
     with pytest.raises(ValueError, match=r"^Row 1 of the pairs: `source_image` cannot be decoded: Image size \(4096 "):
-        PairStream(as_pairs(make_rows(3)), 32).sample(1, (0.5, 0.5), False)
+        PairStream(as_pairs(make_rows(3)), 32).sample(1, None, False)
 
 
 # Cached latents
@@ -238,16 +406,15 @@ def test_a_picture_with_more_pixels_than_pil_allows_names_its_row(monkeypatch):
 @pytest.fixture(scope="module")
 def encoder():
     """Tiny models with everything that the losses need."""
-    components = tiny_models.sd_components(vae_scale_factor=4)
+    family = StableDiffusion(IEditPipeline(**tiny_models.sd_components(vae_scale_factor=4)))
     clip, processor = load_clip("mini")
-    models = (components["vae"], components["text_encoder"], components["tokenizer"])
-    return PairEncoder(*models, TERMS, clip, processor.tokenizer)
+    return PairEncoder(family, TERMS, clip, processor.tokenizer)
 
 
 def batch_of(stream, encoder, position):
     sample = stream[position]
     batch = torch.utils.data.default_collate([sample])
-    return encoder(batch), {name: batch[name] for name in ("row", "drop_caption", "noise_seed")}
+    return encoder(batch), {name: batch[name] for name in ("row", "drop_caption", "noise_seed", "left_out")}
 
 
 @pytest.mark.parametrize("random_flip", [False, True])
@@ -326,48 +493,71 @@ def test_a_stream_that_crops_at_random_cannot_be_cached(pairs, encoder, tmp_path
 
 
 def test_latents_are_the_scaled_modes_of_the_vae(pairs, encoder):
-    sample = PairStream(pairs, 32).sample(0, (0.5, 0.5), False)
+    sample = PairStream(pairs, 32).sample(0, None, False)
     encoded = encoder(torch.utils.data.default_collate([sample]))
-    vae = encoder.vae
+    vae = encoder.family.pipe.vae
     expected = vae.encode(2 * sample["target_image"][None] - 1).latent_dist.mean * vae.config.scaling_factor
     assert torch.allclose(encoded["target_latents"], expected, atol=1e-6)
 
 
 def test_what_no_term_needs_is_not_encoded(pairs, encoder):
     batch = torch.utils.data.default_collate([PairStream(pairs, 32)[0]])
-    plain = PairEncoder(encoder.vae, encoder.text_encoder, encoder.tokenizer, ("paired",))
+    plain = PairEncoder(encoder.family, ("paired",))
     assert plain(batch).keys() == {"source_latents", "target_latents", "prompt_states"}
 
 
 # Noise
 
 
-def test_noise_and_timestep_do_not_depend_on_the_batch():
-    timesteps, noise = draw_noise([5, 6, 7], (4, 8, 8), 1000)
+@pytest.fixture(scope="module", params=["mini", "mini-sd3"])
+def family(request):
+    return load_family(request.param)
+
+
+def test_noise_and_timestep_do_not_depend_on_the_batch(family):
+    timesteps, noise = draw_noise([5, 6, 7], (4, 8, 8), family.draw_timestep)
     torch.manual_seed(1)
     for index, seed in enumerate((5, 6, 7)):
-        alone = draw_noise([seed], (4, 8, 8), 1000)
+        alone = draw_noise([seed], (4, 8, 8), family.draw_timestep)
         assert torch.equal(alone[0][0], timesteps[index])
         assert torch.equal(alone[1][0], noise[index])
     assert len(set(timesteps.tolist())) == 3
 
 
-def test_noise_leaves_the_global_random_state_alone():
+def test_noise_leaves_the_global_random_state_alone(family):
     before = torch.get_rng_state()
-    draw_noise([1, 2], (4, 8, 8), 1000)
+    draw_noise([1, 2], (4, 8, 8), family.draw_timestep)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_timesteps_are_uniform_from_0_to_999_and_noise_is_unit_gaussian():
+def many_timesteps(family):
     stream = PairStream(as_pairs(make_rows(1)), 32)
     seeds = [stream.draw(position)["noise_seed"] for position in range(4000)]
-    timesteps, noise = draw_noise(seeds, (8,), 1000)
+    return draw_noise(seeds, (8,), family.draw_timestep)
+
+
+def test_timesteps_are_uniform_from_0_to_999_and_noise_is_unit_gaussian():
+    timesteps, noise = many_timesteps(load_family("mini"))
     assert timesteps.min() < 10
     assert 990 <= timesteps.max() <= 999
     counts = torch.histc(timesteps.float(), bins=10, min=0, max=1000)
     assert (counts - 400).abs().max() < 100
     assert noise.mean().abs() < 0.03
     assert abs(noise.std() - 1) < 0.03
+
+
+def test_timesteps_of_flow_matching_have_the_density_of_their_scheme():
+    """By default the logit of sigma is a standard normal variable, as in diffusers' scripts."""
+    family = load_family("mini-sd3")
+    sigma = many_timesteps(family)[0] / 1000
+    logits = torch.logit(sigma.clamp(max=0.9995))
+    assert abs(logits.mean()) < 0.06
+    assert abs(logits.std() - 1) < 0.05
+    family.density = {"weighting_scheme": "logit_normal", "logit_mean": 1.0, "logit_std": 0.5}
+    logits = torch.logit((many_timesteps(family)[0] / 1000).clamp(max=0.9995))
+    # A large share u is a large index into the timesteps, which fall.
+    assert abs(logits.mean() + 1) < 0.03
+    assert abs(logits.std() - 0.5) < 0.03
 
 
 def test_the_mini_encoder_reads_mini_captions():

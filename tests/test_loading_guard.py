@@ -26,6 +26,7 @@ from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer,
 from diffusers_iedit import IEditPipeline, cli, loading, mini
 from diffusers_iedit.evaluation.methods import Models
 from diffusers_iedit.evaluation.networks import Networks
+from diffusers_iedit.finetuning import families
 from diffusers_iedit.finetuning import models as finetuning
 
 
@@ -206,7 +207,7 @@ def by_the_command(folder, capsys):
 
 def by_the_trainer(folder, capsys):
     with pytest.raises(ValueError, match=r"^`model` ") as raised:
-        finetuning.load_base(str(folder))
+        families.load_base(str(folder))
     return str(raised.value)
 
 
@@ -377,7 +378,7 @@ def test_a_damaged_file_on_the_hub_is_named(hub, whole, tmp_path):
     folder = damaged(whole, tmp_path / "model", "text_encoder/model.safetensors", lose_a_weight)
     hub.add("models", "me/tiny", files_in(folder))
     process = hub.run(
-        "from diffusers_iedit.finetuning.models import load_base\n"
+        "from diffusers_iedit.finetuning.families import load_base\n"
         "try:\n    load_base('me/tiny')\nexcept ValueError as error:\n    print(error)"
     )
     expected = "`model` 'me/tiny' gives no usable Stable Diffusion 1.x or 2.x: text_encoder: 1 of its weights are"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusers_iedit.evaluation.statistics import interval
-from diffusers_iedit.finetuning.models import load_base
+from diffusers_iedit.finetuning.families import load_base
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training" / "mini"))
@@ -42,7 +42,7 @@ def test_the_same_pairs_are_drawn_every_time_and_none_of_them_twice():
 
 @pytest.mark.slow
 def test_without_masks_it_edits_more_often_and_keeps_the_background(models):
-    examine = Examiner(held_out_pairs(200, "test"), **SETTINGS)
+    examine = Examiner(held_out_pairs(200, "test"), **SETTINGS["mini-base"])
     base, tuned = (examine(models[name]) for name in ("mini-base", "mini"))
     for better in ("success", "clip_score"):
         _, low, _ = interval(tuned[better] - base[better])

@@ -19,8 +19,8 @@ import torch
 from diffusers import (
     AutoencoderTiny,
     StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionInpaintPipeline,
-    StableDiffusionXLImg2ImgPipeline,
 )
 from diffusers.optimization import SchedulerType
 from hub_server import TOKEN, USER, files_in
@@ -35,14 +35,17 @@ from small_pairs import (
     make_rows,
     train,
     train_iedit,
-    unet,
+    weights,
     write_base,
     write_pairs,
+    write_sd3_base,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_iedit import IEditPipeline, cli, mini
 from diffusers_iedit.finetuning.data import open_pairs
+from diffusers_iedit.finetuning.families import FAMILIES, StableDiffusion, StableDiffusion3, find_family
+from diffusers_iedit.finetuning.models import parameter_groups
 from diffusers_iedit.finetuning.options import LOSS_TERMS, LR_SCHEDULERS, PRESETS, TRAIN_BLOCKS, parse_args
 from diffusers_iedit.losses import IEditLoss
 from diffusers_iedit.pairs.schema import FEATURES, validate
@@ -66,6 +69,19 @@ def plain(tmp_path_factory, pairs, base):
     return output_dir
 
 
+@pytest.fixture(scope="module")
+def sd3_base(tmp_path_factory):
+    return write_sd3_base(tmp_path_factory.mktemp("made") / "sd3-base")
+
+
+@pytest.fixture(scope="module")
+def sd3_plain(tmp_path_factory, pairs, sd3_base):
+    """As `plain`, of a Stable Diffusion 3: not its LoRA but its blocks themselves."""
+    output_dir = tmp_path_factory.mktemp("sd3-plain") / "model"
+    train(arguments(pairs, sd3_base, output_dir, "--checkpointing_steps", 1, "--lora_rank", 0))
+    return output_dir
+
+
 def changed(one, other):
     """The names of the weights that differ."""
     assert one.keys() == other.keys()
@@ -76,9 +92,9 @@ def close(one, other, base, tolerance=0.002):
     """Whether two trainings have the same losses and, next to what they changed in the base, the same weights."""
     for line, expected in zip(losses(one), losses(other), strict=True):
         assert line == pytest.approx(expected, rel=1e-3)
-    weights, expected, before = unet(one), unet(other), unet(base)
+    trained, expected, before = weights(one), weights(other), weights(base)
     # Adam takes full steps from the smallest gradients, so single weights may well differ.
-    difference = sum((weights[name] - values).square().sum() for name, values in expected.items()).sqrt()
+    difference = sum((trained[name] - values).square().sum() for name, values in expected.items()).sqrt()
     return (
         difference
         < tolerance * sum((before[name] - values).square().sum() for name, values in expected.items()).sqrt()
@@ -234,7 +250,7 @@ def test_the_command_that_evaluates_a_finished_model_does_what_the_training_woul
     train(argv)
     results = tmp_path / "model/evaluation/step-000001/results.json"
     before = json.loads(results.read_text())
-    cli.main(shlex.split(train_iedit.evaluation_command(parse_args(argv)))[1:])
+    cli.main(shlex.split(train_iedit.evaluation_command(parse_args(argv), StableDiffusion))[1:])
     # Of the same settings, or the folder would be refused.
     assert json.loads(results.read_text())["summary"] == before["summary"]
 
@@ -254,9 +270,11 @@ def test_what_is_saved_can_be_read_by_whom_the_umask_lets(tmp_path, pairs, base)
     finally:
         os.umask(before)
     for folder, count in (("model", 9), ("saved", 3), ("part", 1)):
-        weights = [file for file in (tmp_path / folder).rglob("*") if file.suffix in (".safetensors", ".bin", ".pkl")]
-        assert len(weights) >= count
-        assert {file.name: oct(file.stat().st_mode & 0o777) for file in weights} == {f.name: "0o640" for f in weights}
+        files = [file for file in (tmp_path / folder).rglob("*") if file.suffix in (".safetensors", ".bin", ".pkl")]
+        assert len(files) >= count
+        assert {file.name: oct(file.stat().st_mode & 0o777) for file in files} == {
+            file.name: "0o640" for file in files
+        }
 
 
 def test_stock_diffusers_opens_what_is_saved_without_a_word(plain):
@@ -326,17 +344,17 @@ def test_mini_pairs_are_right_and_keep_what_is_held_out():
 
 
 def test_steps_train_the_input_and_the_middle_blocks_in_turn(plain, base):
-    names = unet(base)
+    names = weights(base)
     names = {
         "input": {name for name in names if name.startswith(("conv_in.", "down_blocks."))},
         "middle": {name for name in names if name.startswith("mid_block.")},
     }
-    before = {name: values for name, values in unet(base).items() if name in names["input"] | names["middle"]}
+    before = {name: values for name, values in weights(base).items() if name in names["input"] | names["middle"]}
     for step, group in enumerate(("input", "middle", "input", "middle"), start=1):
         after = load_file(plain / f"checkpoint-{step}/trained.safetensors")
         assert changed(before, after) == names[group]
         before = after
-    assert changed(unet(plain), unet(base)) == names["input"] | names["middle"]
+    assert changed(weights(plain), weights(base)) == names["input"] | names["middle"]
 
 
 @pytest.mark.parametrize(
@@ -351,12 +369,135 @@ def test_steps_train_the_input_and_the_middle_blocks_in_turn(plain, base):
 def test_train_blocks_chooses_what_is_trained(tmp_path, pairs, base, train_blocks, pattern):
     options = ("--max_train_steps", 2, "--loss", "paired", "--train_blocks", train_blocks)
     train(arguments(pairs, base, tmp_path / "model", *options))
-    before = unet(base)
-    assert changed(unet(tmp_path / "model"), before) == {name for name in before if re.match(pattern, name)}
+    before = weights(base)
+    assert changed(weights(tmp_path / "model"), before) == {name for name in before if re.match(pattern, name)}
 
 
-def test_every_choice_of_train_blocks_is_tested():
-    assert set(TRAIN_BLOCKS) == {"alternate", "input", "middle", "all", "attention"}
+def test_the_choices_of_train_blocks_are_those_of_the_families():
+    assert set(StableDiffusion.train_blocks) == {"alternate", "input", "middle", "all", "attention"}
+    assert set(StableDiffusion3.train_blocks) == {"alternate", "first", "middle", "all", "attention"}
+    assert set(TRAIN_BLOCKS) == {choice for family in FAMILIES for choice in family.train_blocks}
+
+
+# Stable Diffusion 3
+
+
+def blocks(names):
+    """Of the names of weights, which blocks they are in, or else in which part."""
+    return {".".join(name.split(".")[: 2 if name.startswith("transformer_blocks.") else 1]) for name in names}
+
+
+def test_steps_train_the_first_and_the_middle_blocks_of_a_transformer_in_turn(sd3_plain, sd3_base):
+    first = {"pos_embed", "time_text_embed", "context_embedder", "transformer_blocks.0"}
+    names, before = weights(sd3_base), load_file(sd3_plain / "checkpoint-1/trained.safetensors")
+    assert blocks(before) == first | {"transformer_blocks.1"}
+    assert blocks(changed(before, {name: names[name] for name in before})) == first
+    for step, expected in ((2, {"transformer_blocks.1"}), (3, first), (4, {"transformer_blocks.1"})):
+        after = load_file(sd3_plain / f"checkpoint-{step}/trained.safetensors")
+        assert blocks(changed(before, after)) == expected
+        before = after
+    # The last third is the base's, as are the output blocks of a UNet.
+    assert blocks(changed(weights(sd3_plain), weights(sd3_base))) == first | {"transformer_blocks.1"}
+
+
+@pytest.mark.parametrize(
+    ("train_blocks", "parts"),
+    [
+        ("first", r"(pos_embed|time_text_embed|context_embedder|transformer_blocks\.0)\."),
+        ("middle", r"transformer_blocks\.1\."),
+        ("all", ""),
+        ("attention", r"transformer_blocks\.\d\.attn\."),
+    ],
+)
+def test_train_blocks_chooses_what_of_a_transformer_is_trained(sd3_base, train_blocks, parts):
+    family = find_family(str(sd3_base))(StableDiffusion3Img2ImgPipeline.from_pretrained(sd3_base))
+    (group,) = parameter_groups(family, train_blocks)
+    assert group.keys() == {name for name, _ in family.model.named_parameters() if re.match(parts, name)}
+
+
+def test_a_transformer_with_a_single_block_has_no_middle_one(tmp_path, pairs, capsys):
+    base = write_sd3_base(tmp_path / "base", layers=1)
+    message = error(arguments(pairs, base, tmp_path / "model", "--lora_rank", 0), capsys)
+    assert message == "`train_blocks` alternate: the transformer has no such blocks; all trains it."
+
+
+def test_a_stable_diffusion_3_is_trained_by_lora_unless_told_otherwise(tmp_path, pairs, sd3_base):
+    output_dir = tmp_path / "model"
+    train(arguments(pairs, sd3_base, output_dir, "--learning_rate", 0.05))
+    assert json.loads((output_dir / "training_args.json").read_text())["lora_rank"] == 16
+    different = changed(weights(output_dir), weights(sd3_base))
+    assert blocks(different) == {"transformer_blocks.0", "transformer_blocks.1"}
+    assert all(re.search(r"\.attn\.(to|add)_\w+(\.0)?\.weight$", name) for name in different)
+
+    edits = []
+    for folder, lora in ((output_dir, None), (sd3_base, output_dir / "lora"), (sd3_base, None)):
+        pipe = StableDiffusion3Img2ImgPipeline.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        if lora:
+            pipe.load_lora_weights(lora)
+        what = {"image": make_rows(1)[0]["source_image"], "prompt": "a blue car", "output_type": "np"}
+        edits.append(pipe(**what, num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images)
+    np.testing.assert_allclose(edits[0], edits[1], atol=1e-3)
+    assert np.abs(edits[0] - edits[2]).max() > 1e-2
+
+
+def test_what_is_saved_of_a_stable_diffusion_3_is_its_stock_pipeline_with_a_card(sd3_plain, sd3_base):
+    index = json.loads((sd3_plain / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusion3Img2ImgPipeline"
+    assert not list(sd3_plain.glob("*.py"))
+    ours = StableDiffusion3Img2ImgPipeline.from_pretrained(sd3_plain)
+    theirs = StableDiffusion3Img2ImgPipeline.from_pretrained(sd3_base)
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        assert changed(getattr(ours, name).state_dict(), getattr(theirs, name).state_dict()) == set()
+    assert ours.scheduler.config == theirs.scheduler.config
+    configs = [file.read_text() for file in [*sd3_plain.glob("*/*.json"), *sd3_plain.glob("*.json")]]
+    assert not [text for text in configs if str(sd3_base) in text and "train_data" not in text]
+    card = (sd3_plain / "README.md").read_text()
+    assert "LocalEditor.from_pretrained(repo)" in card
+    assert "IEditPipeline" not in card
+    assert "sd3-diffusers" in card
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "LocalEditor" in code]
+    scene = mini.render(300_000, things=1)
+    said = example.replace(f'repo = "{sd3_plain.name}"', f'repo = "{sd3_plain}"').replace(
+        'load_image("photo.png"), load_image("mask.png")', "photo, mask"
+    )
+    said = said.replace("strength=0.7", "strength=0.7, num_inference_steps=2").replace('edited.save("edited.png")', "")
+    names = {"photo": scene.image, "mask": scene.mask}
+    exec(said, names)
+    outside = np.asarray(scene.mask) == 0
+    np.testing.assert_array_equal(np.asarray(names["edited"])[outside], np.asarray(scene.image)[outside])
+
+
+def test_the_text_to_image_pipeline_of_a_stable_diffusion_3_is_a_base_too(tmp_path, pairs, sd3_base):
+    pipe = StableDiffusion3Img2ImgPipeline.from_pretrained(sd3_base)
+    parts = {
+        name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")
+    }
+    StableDiffusion3Pipeline(**parts).save_pretrained(tmp_path / "base")
+    options = ("--max_train_steps", 1, "--loss", "ldm", "--num_validation_pairs", 1, "--num_inference_steps", 2)
+    train(arguments(pairs, tmp_path / "base", tmp_path / "model", *options))
+    StableDiffusion3Img2ImgPipeline.from_pretrained(tmp_path / "model")
+    # Source, mask, SDEdit, iEdit and iEdit-M, which keeps what lies outside the mask.
+    pixels = np.asarray(Image.open(tmp_path / "model/images/step-000001.png")).astype(int)
+    source, mask, _, _, masked = np.split(pixels, 5, axis=1)
+    np.testing.assert_array_equal(masked[mask == 0], source[mask == 0])
+
+
+def test_cached_latents_and_prompts_of_a_stable_diffusion_3_give_the_same_losses(tmp_path, pairs, sd3_base, sd3_plain):
+    options = ("--lora_rank", 0, "--cache_latents")
+    train(arguments(pairs, sd3_base, tmp_path / "model", *options))
+    assert close(tmp_path / "model", sd3_plain, sd3_base)
+
+
+def test_a_weighting_scheme_weighs_the_losses_on_what_is_predicted_alone(tmp_path, pairs, sd3_base):
+    # Both draw timesteps alike; sigma_sqrt also weighs by 1 / sigma^2, which is more than 1.
+    for scheme in ("none", "sigma_sqrt"):
+        options = ("--max_train_steps", 1, "--lora_rank", 0, "--weighting_scheme", scheme, "--caption_dropout", 0)
+        train(arguments(pairs, sd3_base, tmp_path / scheme, *options))
+    (plain_line,), (weighted,) = losses(tmp_path / "none"), losses(tmp_path / "sigma_sqrt")
+    for term in ("loc", "global", "mask", "perc"):
+        assert weighted[term] == pytest.approx(plain_line[term], rel=1e-5)
+    assert weighted["loss"] > 1.01 * plain_line["loss"]
 
 
 # The objective
@@ -369,9 +510,9 @@ def test_a_row_of_table_2_is_trained_by_its_name_and_each_term_is_logged(tmp_pat
     train(arguments(pairs, base, tmp_path / "model", "--max_train_steps", 2, "--loss", loss))
     lines = losses(tmp_path / "model")
     assert [line["step"] for line in lines] == [1, 2]
-    assert list(lines[0]) == ["step", "loss", *loss.split("+"), "learning_rate"]
+    assert list(lines[0]) == ["step", "loss", *loss.split("+"), "learning_rate", "left_out"]
     assert all(line[term] > 0 for line in lines for term in loss.split("+"))
-    assert changed(unet(tmp_path / "model"), unet(base))
+    assert changed(weights(tmp_path / "model"), weights(base))
 
 
 def test_terms_that_two_rows_share_start_with_the_same_values(tmp_path, pairs, base, plain):
@@ -412,10 +553,10 @@ def test_below_min_edit_timestep_the_source_is_trained_on_its_own_caption(tmp_pa
         options = ("--loss", "paired", "--caption_dropout", 0, "--min_edit_timestep", limit)
         train(arguments(data, base, tmp_path / name, *options))
     # Where no sample is an edit, the target and its prompt do not matter.
-    assert changed(unet(tmp_path / "all"), unet(tmp_path / "others")) == set()
+    assert changed(weights(tmp_path / "all"), weights(tmp_path / "others")) == set()
     for name in ("none", "some"):
-        assert changed(unet(tmp_path / "all"), unet(tmp_path / name))
-    assert changed(unet(tmp_path / "none"), unet(tmp_path / "some"))
+        assert changed(weights(tmp_path / "all"), weights(tmp_path / name))
+    assert changed(weights(tmp_path / "none"), weights(tmp_path / "some"))
 
 
 def test_a_preset_gives_other_defaults_and_options_prevail(tmp_path, pairs, base):
@@ -436,9 +577,9 @@ def test_samples_without_caption_are_trained_by_eq_1_whatever_the_loss_is(tmp_pa
     for loss in ("ldm", "paired"):
         train(arguments(pairs, base, tmp_path / loss, "--caption_dropout", 1, "--loss", loss))
         train(arguments(pairs, base, tmp_path / f"{loss} with captions", "--caption_dropout", 0, "--loss", loss))
-    assert changed(unet(tmp_path / "ldm"), unet(tmp_path / "paired")) == set()
-    assert changed(unet(tmp_path / "ldm with captions"), unet(tmp_path / "paired with captions"))
-    assert changed(unet(tmp_path / "ldm"), unet(tmp_path / "ldm with captions"))
+    assert changed(weights(tmp_path / "ldm"), weights(tmp_path / "paired")) == set()
+    assert changed(weights(tmp_path / "ldm with captions"), weights(tmp_path / "paired with captions"))
+    assert changed(weights(tmp_path / "ldm"), weights(tmp_path / "ldm with captions"))
 
 
 def test_min_snr_weighs_the_terms_of_the_noise_alone(tmp_path, pairs, base, plain):
@@ -447,7 +588,7 @@ def test_min_snr_weighs_the_terms_of_the_noise_alone(tmp_path, pairs, base, plai
     for term in ("loc", "global", "mask", "perc"):
         assert line[term] == pytest.approx(without[term], rel=1e-5)
     assert 0 < line["loss"] < without["loss"]
-    assert changed(unet(tmp_path / "model"), unet(plain))
+    assert changed(weights(tmp_path / "model"), weights(plain))
 
 
 def test_a_base_that_predicts_v_is_trained_to_predict_v(tmp_path, pairs, plain):
@@ -456,7 +597,7 @@ def test_a_base_that_predicts_v_is_trained_to_predict_v(tmp_path, pairs, plain):
     config = json.loads((tmp_path / "model/scheduler/scheduler_config.json").read_text())
     assert config["prediction_type"] == "v_prediction"
     assert losses(tmp_path / "model")[0]["mask"] != pytest.approx(losses(plain)[0]["mask"], rel=0.01)
-    assert changed(unet(tmp_path / "model"), unet(base))
+    assert changed(weights(tmp_path / "model"), weights(base))
 
 
 def test_a_loss_decoder_decodes_for_the_losses_on_images_only(tmp_path, pairs, base, plain):
@@ -481,7 +622,7 @@ def test_a_loss_decoder_decodes_for_the_losses_on_images_only(tmp_path, pairs, b
 def test_lora_is_merged_and_lies_beside_the_pipeline(tmp_path, pairs, base):
     options = ("--lora_rank", 2, "--learning_rate", 0.05, "--train_blocks", "all")
     train(arguments(pairs, base, tmp_path / "model", *options))
-    merged, before = unet(tmp_path / "model"), unet(base)
+    merged, before = weights(tmp_path / "model"), weights(base)
     different = changed(merged, before)
     assert different
     assert all(re.search(r"\.(to_q|to_k|to_v|to_out\.0)\.weight$", name) for name in different)
@@ -524,7 +665,7 @@ def test_with_ema_the_average_is_what_is_saved(tmp_path, pairs, base, plain):
         # By the fourth step the warm-up is over.
         assert torch.allclose(values, 0.5 * (before[name] + trained[name]), atol=1e-7), name
     assert changed(average, trained)
-    saved = unet(tmp_path / "model")
+    saved = weights(tmp_path / "model")
     assert all(torch.equal(saved[name], values) for name, values in average.items())
 
 
@@ -541,7 +682,7 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path, pairs, base, pl
 
 def test_processes_that_read_pairs_give_the_same_weights(tmp_path, pairs, base, plain):
     train(arguments(pairs, base, tmp_path / "model", "--dataloader_num_workers", 2))
-    assert changed(unet(tmp_path / "model"), unet(plain)) == set()
+    assert changed(weights(tmp_path / "model"), weights(plain)) == set()
 
 
 def test_cached_latents_give_the_same_losses_and_are_used_again(tmp_path, pairs, base, plain):
@@ -559,7 +700,7 @@ def test_cached_latents_give_the_same_losses_and_are_used_again(tmp_path, pairs,
 
 def test_bf16_trains_and_saves_weights_in_fp32(tmp_path, pairs, base, plain):
     train(arguments(pairs, base, tmp_path / "model", "--mixed_precision", "bf16"))
-    assert {values.dtype for values in unet(tmp_path / "model").values()} == {torch.float32}
+    assert {values.dtype for values in weights(tmp_path / "model").values()} == {torch.float32}
     for line, expected in zip(losses(tmp_path / "model"), losses(plain), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=0.05)
 
@@ -580,7 +721,7 @@ def test_the_learning_rate_warms_up_and_falls_as_its_schedule_says(tmp_path, pai
 
 def test_another_seed_gives_other_weights(tmp_path, pairs, base, plain):
     train(arguments(pairs, base, tmp_path / "model", "--seed", 1))
-    assert changed(unet(tmp_path / "model"), unet(plain)) == changed(unet(plain), unet(base))
+    assert changed(weights(tmp_path / "model"), weights(plain)) == changed(weights(plain), weights(base))
 
 
 # Bad input
@@ -605,7 +746,12 @@ def error(argv, capsys):
         (("--background_weight", "-1"), ".?.?background_weight.? has to be 0 or more, got -1.0."),
         (("--caption_dropout", "1.5"), "--caption_dropout has to be between 0 and 1, got 1.5."),
         (("--max_train_steps", "0"), "--max_train_steps has to be 1 or more, got 0."),
-        (("--lora_rank", "0"), "--lora_rank has to be 1 or more, got 0."),
+        (("--lora_rank", "-1"), "--lora_rank has to be 0 or more, got -1."),
+        (
+            ("--train_blocks", "first"),
+            "`train_blocks` first is no part of a Stable Diffusion 1.x or 2.x, which has .*",
+        ),
+        (("--weighting_scheme", "mode"), "`weighting_scheme` is for flow-matching models, and .* is a Stable .*"),
         (("--checkpoints_total_limit", "0"), "--checkpoints_total_limit has to be 1 or more, got 0."),
         (("--resolution", "33"), "`resolution` has to be a multiple of 4, .*, got 33."),
         (("--random_crop", "--cache_latents"), "--random_crop and --cache_latents exclude each other.*"),
@@ -683,19 +829,30 @@ def test_a_license_that_the_hub_does_not_know_is_refused_before_anything_is_done
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("kind", ["SDXL", "SD3", "inpainting"])
-def test_a_base_that_is_no_stable_diffusion_1_or_2_is_refused(tmp_path, pairs, capsys, kind):
+def test_a_base_with_a_unet_for_another_task_is_refused(tmp_path, pairs, capsys):
     base = tmp_path / "base"
-    if kind == "SDXL":
-        StableDiffusionXLImg2ImgPipeline(**tiny_models.sdxl_components(vae_scale_factor=4)).save_pretrained(base)
-    elif kind == "SD3":
-        StableDiffusion3Img2ImgPipeline(**tiny_models.sd3_components(vae_scale_factor=4)).save_pretrained(base)
-    else:
-        StableDiffusionInpaintPipeline(**tiny_models.sd_components(vae_scale_factor=4, in_channels=9)).save_pretrained(
-            base
-        )
+    pipe = StableDiffusionInpaintPipeline(**tiny_models.sd_components(vae_scale_factor=4, in_channels=9))
+    pipe.save_pretrained(base)
     message = error(arguments(pairs, base, tmp_path / "model"), capsys)
     assert message.startswith(f"`model` '{base}' gives no usable Stable Diffusion 1.x or 2.x: ")
+
+
+@pytest.mark.parametrize(
+    ("class_name", "parts"),
+    [
+        ("FluxPipeline", {"transformer": ["diffusers", "FluxTransformer2DModel"]}),
+        ("StableDiffusionXLPipeline", {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder_2": ["a", "b"]}),
+    ],
+)
+def test_a_family_that_cannot_be_trained_is_told_with_those_that_can(tmp_path, pairs, capsys, class_name, parts):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "model_index.json").write_text(json.dumps({"_class_name": class_name} | parts))
+    assert error(arguments(pairs, base, tmp_path / "model"), capsys) == (
+        f"`model` '{base}' is a {class_name}, which cannot be fine-tuned here: it has to be a Stable Diffusion 1.x or"
+        " 2.x, or a Stable Diffusion 3 or 3.5."
+    )
+    assert not (tmp_path / "model/losses.csv").exists()
 
 
 @pytest.mark.parametrize("below", [False, True])
@@ -733,7 +890,7 @@ def test_a_run_that_is_told_to_begin_anew_leaves_nothing_of_the_one_before(tmp_p
     for folder in (output_dir, tmp_path / "new"):
         train(arguments(pairs, base, folder, *options, "--overwrite_output_dir"))
     assert files_in(output_dir).keys() == files_in(tmp_path / "new").keys()
-    assert changed(unet(output_dir), unet(tmp_path / "new")) == set()
+    assert changed(weights(output_dir), weights(tmp_path / "new")) == set()
 
 
 @pytest.mark.parametrize("way", ["itself", "relative", "with a slash", "a link", "a link to its folder"])
@@ -752,10 +909,10 @@ def test_a_model_that_is_read_is_not_written_over(tmp_path, pairs, base, capsys,
     assert files_in(folder) == before
 
 
-@pytest.mark.parametrize("model", ["mini", "mini-base"])
-def test_the_package_s_own_model_is_not_written_over(pairs, capsys, model):
-    message = error(arguments(pairs, model, mini.model_path()), capsys)
-    assert message.startswith(f"`output_dir` {mini.model_path()} is the folder of `model` {model}")
+@pytest.mark.parametrize(("model", "name"), [("mini", "iedit"), ("mini-base", "iedit"), ("mini-sd3", "sd3")])
+def test_the_package_s_own_model_is_not_written_over(pairs, capsys, model, name):
+    message = error(arguments(pairs, model, mini.model_path(name)), capsys)
+    assert message.startswith(f"`output_dir` {mini.model_path(name)} is the folder of `model` {model}")
 
 
 @pytest.mark.parametrize("option", ["train_data", "validation_data", "evaluation_data"])

@@ -13,6 +13,7 @@ import subprocess
 import time
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -34,14 +35,15 @@ from small_pairs import (
     run,
     same_end,
     train,
-    unet,
+    weights,
     write_pairs,
 )
 from test_build_reliability import small_disk  # noqa: F401
-from test_train import base, changed, close, pairs, plain  # noqa: F401
+from test_train import base, changed, close, pairs, plain, sd3_base, sd3_plain  # noqa: F401
 
 from diffusers_iedit import IEditPipeline
 from diffusers_iedit.finetuning.checkpoints import list_checkpoints, load_checkpoint
+from diffusers_iedit.finetuning.families import load_base
 from diffusers_iedit.finetuning.outputs import LossLog
 from diffusers_iedit.resuming import lock_folder
 
@@ -54,6 +56,22 @@ RESUME = ("--resume_from_checkpoint", "latest")
 @pytest.fixture(scope="module")
 def context():
     return processes()
+
+
+class Case(NamedTuple):
+    """A base, and what four steps of a training leave of it."""
+
+    base: Path
+    plain: Path
+    options: tuple = ()
+
+
+@pytest.fixture(params=["SD", "SD3"])
+def case(request):
+    """Either family."""
+    if request.param == "SD":
+        return Case(request.getfixturevalue("base"), request.getfixturevalue("plain"))
+    return Case(request.getfixturevalue("sd3_base"), request.getfixturevalue("sd3_plain"), ("--lora_rank", 0))
 
 
 def start(context, *args, **kwargs):
@@ -120,6 +138,18 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(
 
     train(arguments(pairs, base, output_dir, *options, *RESUME))
     assert same_end(output_dir, plain)
+
+
+def test_a_killed_training_of_a_stable_diffusion_3_goes_on_to_the_same_weights(
+    context, tmp_path, pairs, sd3_base, sd3_plain
+):
+    output_dir = tmp_path / "model"
+    argv = arguments(pairs, sd3_base, output_dir, "--lora_rank", 0, "--checkpointing_steps", 2)
+    process = start(context, argv, tmp_path / "log", function=f"{FINETUNING}.models.batch_loss", number=4)
+    assert finish(process) == -signal.SIGKILL
+    assert [checkpoint.name for checkpoint in list_checkpoints(output_dir)] == ["checkpoint-2"]
+    train([*argv, *RESUME])
+    assert same_end(output_dir, sd3_plain)
 
 
 def states(argv, output_dir, folder):
@@ -280,9 +310,10 @@ def test_a_line_of_losses_that_was_cut_off_does_not_count(tmp_path):
 
 
 @pytest.mark.parametrize("to_all", [False, True])
-def test_sigterm_saves_and_ends_well_and_the_training_goes_on(context, tmp_path, pairs, base, plain, to_all):
+def test_sigterm_saves_and_ends_well_and_the_training_goes_on(context, tmp_path, pairs, case, to_all):
+    base, plain, options = case
     output_dir, log = tmp_path / "model", tmp_path / "log"
-    argv = arguments(pairs, base, output_dir, "--dataloader_num_workers", 2)
+    argv = arguments(pairs, base, output_dir, "--dataloader_num_workers", 2, *options)
     signals = {"function": f"{FINETUNING}.models.batch_loss", "number": 2, "signum": signal.SIGTERM}
     assert finish(start(context, argv, log, **signals, to_all=to_all)) == 0
     printed = log.read_text()
@@ -302,7 +333,7 @@ def test_sigterm_saves_and_ends_well_and_the_training_goes_on(context, tmp_path,
 @pytest.mark.parametrize(
     ("function", "options"),
     [
-        ("models.load_base", ()),
+        ("families.load_base", ()),
         ("models.PairEncoder.__call__", ("--cache_latents",)),
         # What the base makes of the pairs that are shown.
         ("validation.Validation._edit", ("--num_validation_pairs", 1)),
@@ -489,9 +520,10 @@ def without_a_number(step, how):
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_a_loss_that_is_no_number_stops_with_step_terms_and_rows(tmp_path, pairs, base, plain, how):
+def test_a_loss_that_is_no_number_stops_with_step_terms_and_rows(tmp_path, pairs, case, how):
+    base, plain, options = case
     output_dir = tmp_path / "model"
-    argv = arguments(pairs, base, output_dir, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
+    argv = arguments(pairs, base, output_dir, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1, *options)
     with without_a_number(3, how), pytest.raises(FloatingPointError) as error:
         train(argv)
     first, *lines = str(error.value).splitlines()
@@ -513,9 +545,9 @@ def test_a_loss_that_is_no_number_stops_with_step_terms_and_rows(tmp_path, pairs
 
 def test_a_base_with_a_weight_that_is_no_number_stops_in_the_first_step(tmp_path, pairs, base):
     broken = Path(shutil.copytree(base, tmp_path / "base"))
-    weights = unet(broken)
-    weights["conv_out.bias"][0] = float("nan")
-    save_file(weights, broken / UNET)
+    values = weights(broken)
+    values["conv_out.bias"][0] = float("nan")
+    save_file(values, broken / UNET)
     with pytest.raises(SystemExit) as end:
         command(arguments(pairs, broken, tmp_path / "model", "--checkpointing_steps", 1))
     assert re.match(r"train_iedit\.py: error: The loss of step 1\b.*\n  row \d+: loss nan", end.value.code)
@@ -533,11 +565,10 @@ def resize(disk, size):
     subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint_whole_and_the_training_goes_on(
-    small_disk, tmp_path, pairs, base, plain
-):
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole_and_the_training_goes_on(small_disk, tmp_path, pairs, case):
+    base, plain, options = case
     output_dir = small_disk / "model"
-    argv = arguments(pairs, base, output_dir, "--checkpointing_steps", 1)
+    argv = arguments(pairs, base, output_dir, "--checkpointing_steps", 1, *options)
     resize(small_disk, int(1.5 * size_of(plain / "checkpoint-1")) + 100_000)
     with pytest.raises(SystemExit) as end:
         command(argv)
@@ -608,13 +639,16 @@ def launch(context, argv, log, **signals):
     return [finish(process) for process in launched]
 
 
-def test_two_processes_are_one_with_twice_the_batch(context, tmp_path, pairs, base, plain):
+def test_two_processes_are_one_with_twice_the_batch(context, tmp_path, pairs, case):
+    base, plain, options = case
     output_dir = tmp_path / "model"
-    options = ("--train_batch_size", 1, "--num_validation_pairs", 3, "--num_inference_steps", 2)
+    train(
+        arguments(pairs, base, tmp_path / "alone", "--num_validation_pairs", 3, "--num_inference_steps", 2, *options)
+    )
+    options += ("--train_batch_size", 1, "--num_validation_pairs", 3, "--num_inference_steps", 2)
     assert launch(context, arguments(pairs, base, output_dir, *options), tmp_path / "log") == [0, 0]
     assert close(output_dir, plain, base)
     # All three pairs are shown, though one process has two of them and the other one.
-    train(arguments(pairs, base, tmp_path / "alone", "--num_validation_pairs", 3, "--num_inference_steps", 2))
     grids = [
         np.asarray(Image.open(folder / "images/step-000004.png")).astype(int)
         for folder in (output_dir, tmp_path / "alone")
@@ -623,7 +657,7 @@ def test_two_processes_are_one_with_twice_the_batch(context, tmp_path, pairs, ba
     assert np.abs(grids[0] - grids[1]).max() <= 2
     printed = (tmp_path / "log").read_text()
     assert "Traceback" not in printed
-    IEditPipeline.from_pretrained(output_dir)
+    load_base(str(output_dir))
 
 
 @pytest.mark.slow

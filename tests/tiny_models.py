@@ -186,7 +186,7 @@ def sdxl_components(seed=0, vae_scale_factor=8):
         )
 
 
-def sd3_components(seed=0, vae_scale_factor=8):
+def sd3_components(seed=0, vae_scale_factor=8, num_layers=1):
     """Components of `StableDiffusion3Img2ImgPipeline`, without the T5 encoder (`text_encoder_3` is None)."""
     with _seeded(seed):
         return _eval(
@@ -209,7 +209,7 @@ def sd3_components(seed=0, vae_scale_factor=8):
                     patch_size=1,
                     in_channels=4,
                     out_channels=4,
-                    num_layers=1,
+                    num_layers=num_layers,
                     attention_head_dim=8,
                     num_attention_heads=4,
                     joint_attention_dim=64,

@@ -1,4 +1,5 @@
-"""Fine-tunes a Stable Diffusion model with iEdit's objective (Secs. 3.3, 3.4 and 4.1) on pairs from build_dataset.py.
+"""Fine-tunes a Stable Diffusion model (1.x, 2.x, 3 or 3.5) with iEdit's objective (Secs. 3.3, 3.4 and 4.1) on pairs
+from build_dataset.py.
 
     accelerate launch training/train_iedit.py --train_data PAIRS --output_dir MODEL
 
@@ -7,7 +8,7 @@ The defaults are the paper's. Stopped at any moment, `--resume_from_checkpoint l
 
 import sys
 
-from diffusers_iedit.finetuning.options import TRAIN_BLOCKS, parse_args
+from diffusers_iedit.finetuning.options import parse_args
 
 
 if __name__ == "__main__":
@@ -23,6 +24,7 @@ import shlex
 import shutil
 import signal
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -33,9 +35,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from datasets.fingerprint import Hasher
-from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, parse_buckets_string
 from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -51,16 +52,15 @@ from diffusers_iedit.finetuning.checkpoints import (
     save_checkpoint,
 )
 from diffusers_iedit.finetuning.data import CachedPairStream, PairStream, cache_pairs, draw_noise, open_pairs
+from diffusers_iedit.finetuning.families import Family, load_base, load_family
 from diffusers_iedit.finetuning.hub import COMMAND, check_hub, check_license, push_folder, write_model_card
 from diffusers_iedit.finetuning.models import (
     PairEncoder,
     add_lora,
     batch_loss,
-    load_base,
     load_clip,
     load_decoder,
     load_features,
-    native_resolution,
     parameter_groups,
 )
 from diffusers_iedit.finetuning.options import FREE_OPTIONS
@@ -73,8 +73,6 @@ from diffusers_iedit.resuming import lock_folder
 logger = get_logger(__name__)
 
 MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
-
-PAPER_RESOLUTION = 384
 
 MINI_NETWORKS = dict.fromkeys(("clip", "fid", "lpips", "dino"), "mini")
 
@@ -120,7 +118,7 @@ def check_evaluation(args: argparse.Namespace, accelerator: Accelerator) -> None
             pass
 
 
-def evaluate_model(args: argparse.Namespace) -> tuple[list[dict[str, str]], str]:
+def evaluate_model(args: argparse.Namespace, family: Family) -> tuple[list[dict[str, str]], str]:
     """The card's table, of what the base and the model make of the examples, and a note to it."""
     from diffusers_iedit.evaluation.methods import Settings
     from diffusers_iedit.evaluation.runner import evaluate
@@ -128,7 +126,7 @@ def evaluate_model(args: argparse.Namespace) -> tuple[list[dict[str, str]], str]
     settings = {name: getattr(args, name) for name in ("strength", "guidance_scale", "num_inference_steps")}
     results = evaluate(
         args.evaluation_data,
-        ["sdedit", "iedit", "iedit-m"],
+        family.evaluation_methods(args.model, str(args.output_dir)),
         # After more steps, it is another model that is evaluated.
         args.output_dir / "evaluation" / f"step-{args.max_train_steps:06}",
         Settings(model=str(args.output_dir), base_model=args.model, **settings),
@@ -139,7 +137,8 @@ def evaluate_model(args: argparse.Namespace) -> tuple[list[dict[str, str]], str]
     if not results:
         return [], ""
     summary = next(iter(results["summary"].values()))
-    shown = [name for name in ("success", "clip_score", "ssim_m", "ssim_not_m") if name in summary["iedit"]]
+    measured = next(iter(summary.values()))
+    shown = [name for name in ("success", "clip_score", "ssim_m", "ssim_not_m") if name in measured]
     rows = [
         {"method": results["variants"][variant]["title"]}
         | {
@@ -154,6 +153,7 @@ def evaluate_model(args: argparse.Namespace) -> tuple[list[dict[str, str]], str]
 
 def write_card(
     args: argparse.Namespace,
+    family: Family,
     hub_model_id: str | None,
     loss_log: LossLog,
     total_batch_size: int,
@@ -162,11 +162,11 @@ def write_card(
 ) -> None:
     """Fills model_card.md from the run."""
     last = loss_log.read()[-100:]
-    losses = {name: sum(row[name] for row in last) / len(last) for name in loss_log.columns[1:-1]}
+    losses = {name: sum(row[name] for row in last) / len(last) for name in loss_log.losses}
     names = (
         "preset loss lambda_perc background_weight overlap_masks min_edit_timestep caption_dropout snr_gamma "
-        "train_blocks lora_rank max_train_steps learning_rate lr_scheduler lr_warmup_steps resolution random_crop "
-        "random_flip clip_model perceptual_model loss_decoder use_ema mixed_precision seed"
+        "weighting_scheme train_blocks lora_rank max_train_steps learning_rate lr_scheduler lr_warmup_steps "
+        "resolution random_crop random_flip clip_model perceptual_model loss_decoder use_ema mixed_precision seed"
     )
     settings = {"total_batch_size": total_batch_size} | {name: getattr(args, name) for name in names.split()}
     grid = f"images/step-{args.max_train_steps:06}.png"
@@ -184,16 +184,17 @@ def write_card(
         pictures=[grid] if (args.output_dir / grid).exists() else [],
         license=args.license,
         lora=args.lora_rank is not None,
+        pipeline_class=family.pipeline_class.__name__,
     )
 
 
-def evaluation_command(args: argparse.Namespace) -> str:
+def evaluation_command(args: argparse.Namespace, family: Family | type[Family]) -> str:
     """What evaluates the finished model as the training would have."""
     options = {
         "data": args.evaluation_data,
         "model": args.output_dir,
         "base-model": args.model,
-        "methods": "sdedit,iedit,iedit-m",
+        "methods": ",".join(family.evaluation_methods(args.model, str(args.output_dir))),
         "output-dir": args.output_dir / "evaluation" / f"step-{args.max_train_steps:06}",
         "strength": args.strength,
         "guidance-scale": args.guidance_scale,
@@ -208,9 +209,9 @@ def evaluation_command(args: argparse.Namespace) -> str:
     )
 
 
-def what_is_left(args: argparse.Namespace, hub_model_id: str | None) -> str:
+def what_is_left(args: argparse.Namespace, family: Family, hub_model_id: str | None) -> str:
     """The commands for what comes after the model is saved."""
-    left = [evaluation_command(args)] if args.evaluation_data else []
+    left = [evaluation_command(args, family)] if args.evaluation_data else []
     if args.push_to_hub:
         left.append(shlex.join([*COMMAND.split(), str(args.output_dir), hub_model_id or args.output_dir.name]))
     return f" What is left: {'; '.join(left)}" if left else ""
@@ -234,9 +235,7 @@ def main(args: argparse.Namespace) -> None:
             project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
         ),
         # Of blocks that take turns, some are unused in every step.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=len(TRAIN_BLOCKS[args.train_blocks]) > 1)
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.train_blocks == "alternate")],
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("`mixed_precision` fp16 needs a GPU, and there is none; a CPU takes bf16 or no.")
@@ -273,32 +272,38 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     # 1. The base, frozen but for the blocks to train. What is frozen only takes part in fp16; the VAE, which overflows
     # in it, and what is trained stay in fp32.
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipe = load_base(args.model)
-    unet, vae, text_encoder = pipe.unet, pipe.vae, pipe.text_encoder
-    native = native_resolution(pipe)
-    if args.resolution is None:
-        args.resolution = min(native, PAPER_RESOLUTION)
-    elif args.resolution > native:
+    family = load_family(args.model)
+    family.settle(args)
+    model, vae, native = family.model, family.pipe.vae, family.native_resolution
+    if args.resolution > native:
         logger.warning(
             f"`resolution` {args.resolution} is more than the {native} pixels that {args.model} was made for."
         )
-    if args.resolution % pipe.vae_scale_factor:
-        raise ValueError(
-            f"`resolution` has to be a multiple of {pipe.vae_scale_factor}, since the VAE of {args.model} makes one"
-            f" latent of so many pixels, got {args.resolution}."
-        )
-    for module in (vae, text_encoder, unet):
+    buckets = None
+    if args.aspect_ratio_buckets is not None:
+        try:
+            buckets = parse_buckets_string(args.aspect_ratio_buckets)
+        except ValueError as error:
+            raise ValueError(f"`aspect_ratio_buckets`: {error}") from error
+    for name, sides in (("resolution", [args.resolution]), ("aspect_ratio_buckets", chain(*(buckets or [])))):
+        for side in sides:
+            if side % family.multiple:
+                raise ValueError(
+                    f"`{name}` has to be a multiple of {family.multiple}, as {args.model} sees so many pixels as one,"
+                    f" got {side}."
+                )
+    for module in (vae, model, *family.text_encoders):
         module.requires_grad_(False)
     vae.to(accelerator.device)
-    text_encoder.to(accelerator.device, half)
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    for text_encoder in family.text_encoders:
+        text_encoder.to(accelerator.device, half)
     if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
+        model.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing()
     if args.lora_rank is not None:
-        add_lora(unet, args.lora_rank, args.train_blocks)
-    groups = parameter_groups(unet, args.train_blocks)
+        add_lora(family, args.lora_rank, args.train_blocks)
+    groups = parameter_groups(family, args.train_blocks)
     trainable = {name: parameter for group in groups for name, parameter in group.items()}
     for parameter in trainable.values():
         parameter.requires_grad_(True)
@@ -319,8 +324,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     criterion = IEditLoss(
         terms,
         args.lambda_perc,
-        scheduler.config.prediction_type,
-        scheduler.config.num_train_timesteps,
+        family.prediction_type,
+        family.num_train_timesteps,
         decode,
         embed_image,
         features,
@@ -328,20 +333,36 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         args.overlap_masks,
     )
     with_captions = args.min_edit_timestep > 0
-    encoder = PairEncoder(vae, text_encoder, pipe.tokenizer, terms, clip, clip_tokenizer, with_captions)
-    empty_states = encoder.encode_prompts([""])
+    encoder = PairEncoder(family, terms, clip, clip_tokenizer, with_captions)
+    empty_prompt = encoder.encode_prompts([""])
 
     # 3. The data: a stream of samples, each drawn from its position in the stream.
     with accelerator.main_process_first():
-        pairs = open_pairs(args.train_data, args.train_split, pipe.tokenizer)
+        pairs = open_pairs(args.train_data, args.train_split, family.pipe.tokenizer)
         shown = open_pairs(args.validation_data) if args.validation_data else pairs
     shown = shown.select(range(min(args.num_validation_pairs, len(shown))))
-    augmentation = (args.random_crop, args.random_flip, args.caption_dropout)
-    stream = PairStream(pairs, args.resolution, *augmentation, args.seed, pipe.tokenizer)
+    total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    stream = PairStream(
+        pairs,
+        args.resolution,
+        args.random_crop,
+        args.random_flip,
+        args.caption_dropout,
+        args.seed,
+        family.pipe.tokenizer,
+        buckets,
+        total_batch_size,
+        family.pipe.vae_scale_factor,
+        args.overlap_masks and "mask" in terms,
+    )
     if args.cache_latents:
-        weights = [float(p.sum()) for model in (vae, text_encoder, clip) if model for p in model.parameters()]
+        networks = [network for network in (vae, *family.text_encoders, clip) if network is not None]
+        weights = [float(p.sum()) for network in networks for p in network.parameters()]
         key = Hasher.hash(
-            [pairs._fingerprint, weights, args.resolution, args.random_flip, sorted(needed), with_captions, str(half)]
+            [
+                *(pairs._fingerprint, weights, stream.sizes, args.random_flip, stream.overlap_masks, sorted(needed)),
+                *(with_captions, str(half)),
+            ]
         )
         folder = (args.cache_dir or output_dir / "cache") / key
         stream = CachedPairStream(stream, cache_pairs(stream, encoder, folder, accelerator))
@@ -374,20 +395,24 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         # Under FSDP every process has to take part in every forward pass.
         sharded = accelerator.distributed_type == DistributedType.FSDP
         validation = Validation(
-            accelerator, pipe, shown, args.resolution, args.seed, lambda: bool(terminated) and not sharded, **settings
+            accelerator,
+            family,
+            shown,
+            args.resolution,
+            args.seed,
+            lambda: bool(terminated) and not sharded,
+            **settings,
         )
-    unet.train()
-    wrapped, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    model.train()
+    wrapped, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     if accelerator.distributed_type == DistributedType.FSDP:
         # Sharding has put other parameters in their place.
-        unet = accelerator.unwrap_model(wrapped)
-        groups = parameter_groups(unet, args.train_blocks)
+        groups = parameter_groups(family, args.train_blocks, accelerator.unwrap_model(wrapped))
         trainable = {name: parameter for group in groups for name, parameter in group.items()}
     ema = EMAModel(trainable.values(), args.ema_decay, use_ema_warmup=True) if args.use_ema else None
     register_hooks(accelerator, trainable, ema)
 
     # 5. Where it starts.
-    total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     config = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
     for name in ("train_batch_size", "gradient_accumulation_steps"):
         config.pop(name)
@@ -404,7 +429,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             remove_later(checkpoint)
         elif args.overwrite_output_dir:
             remove_run(output_dir)
-        loss_log = LossLog(output_dir / "losses.csv", ["step", "loss", *terms, "learning_rate"], first_step)
+        loss_log = LossLog(
+            output_dir / "losses.csv", ["step", "loss", *terms, "learning_rate", "left_out"], first_step
+        )
         partial = output_dir / "training_args.json.partial"
         partial.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
         partial.replace(output_dir / "training_args.json")
@@ -450,21 +477,23 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             with accelerator.accumulate(wrapped):
                 encoded = batch if args.cache_latents else encoder(batch)
                 shape = encoded["source_latents"].shape[1:]
-                timesteps, noise = draw_noise(batch["noise_seed"], shape, criterion.num_train_timesteps)
+                timesteps, noise = draw_noise(batch["noise_seed"], shape, family.draw_timestep)
                 with accelerator.autocast():
                     loss, losses = batch_loss(
+                        family,
                         wrapped,
                         criterion,
-                        scheduler,
                         encoded,
                         timesteps,
                         noise,
-                        empty_states,
+                        empty_prompt,
                         batch["drop_caption"],
                         args.snr_gamma,
                         args.min_edit_timestep,
                     )
-                seen = [loss, *(losses[term] for term in terms), torch.full_like(loss, bool(terminated))]
+                left_out = batch["left_out"].to(loss.device)
+                loss = loss.masked_fill(left_out, 0)
+                seen = [loss, *(losses[term] for term in terms), left_out, torch.full_like(loss, bool(terminated))]
                 seen = accelerator.gather(torch.stack(seen, 1).detach())
                 micro_batches.append(seen)
                 finite = seen.isfinite().all()
@@ -489,12 +518,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
                     # EMAModel does not average what needs no gradient, and that are those whose turn it is not.
                     parameter.requires_grad_(True)
                 ema.step(trainable.values())
-            *means, stopped = torch.cat(micro_batches).mean(0).tolist()
+            *means, left_out, stopped = torch.cat(micro_batches).mean(0).tolist()
             micro_batches = []
             means = dict(zip(("loss", *terms), means, strict=True))
             learning_rate = lr_scheduler.get_last_lr()[0]
             if accelerator.is_main_process:
-                loss_log.write({"step": step, **means, "learning_rate": learning_rate})
+                left_out = round(left_out * total_batch_size)
+                loss_log.write({"step": step, **means, "learning_rate": learning_rate, "left_out": left_out})
             curves = {name if name == "loss" else f"loss/{name}": value for name, value in means.items()}
             accelerator.log(curves | {"learning_rate": learning_rate}, step)
             progress.update()
@@ -515,13 +545,21 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         accelerator.end_training()
         return
 
+    if accelerator.is_main_process:
+        left_out, count = (sum(row["left_out"] for row in loss_log.read()), args.max_train_steps * total_batch_size)
+        if left_out:
+            logger.warning(
+                f"{left_out:.0f} of {count} samples were left out: at this size one of their masks, or with"
+                " --overlap_masks the overlap, covers less than a tenth of any latent. losses.csv has them by steps."
+            )
+
     # 7. The model: the base with what was trained in its place. LoRA layers are merged, and lie beside it as well.
     if validation:
         show(args.max_train_steps)
     if ema is not None:
         ema.copy_to(trainable.values())
     if args.lora_rank is not None and accelerator.is_main_process:
-        save_lora(unet, output_dir / "lora")
+        save_lora(family, output_dir / "lora")
     # Compiled, the names of the weights are others.
     state = accelerator.get_state_dict(wrapped)
     state = {name.removeprefix("_orig_mod."): values for name, values in state.items()}
@@ -530,10 +568,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             # Of an earlier run into this folder; it would be taken for this one's.
             shutil.rmtree(output_dir / "lora", ignore_errors=True)
         final = load_base(args.model)
-        final.unet.load_state_dict(state)
+        getattr(final, family.model_name).load_state_dict(state)
         save_pipeline(final, output_dir)
         loss_log.plot(output_dir / "loss.png")
-        write_card(args, hub_model_id, loss_log, total_batch_size)
+        write_card(args, family, hub_model_id, loss_log, total_batch_size)
     accelerator.wait_for_everyone()
 
     # 8. What follows can fail, or be stopped at once: the model is whole.
@@ -542,15 +580,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if terminated:
             raise Terminated
         if args.evaluation_data:
-            evaluation = evaluate_model(args)
+            evaluation = evaluate_model(args, family)
             if accelerator.is_main_process:
-                write_card(args, hub_model_id, loss_log, total_batch_size, *evaluation)
+                write_card(args, family, hub_model_id, loss_log, total_batch_size, *evaluation)
         if args.push_to_hub and accelerator.is_main_process:
             logger.info(push_folder(output_dir, hub_model_id, private=args.hub_private or None))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except (Terminated, KeyboardInterrupt, Exception) as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        whole = f"The model in {output_dir} is whole.{what_is_left(args, hub_model_id)}"
+        whole = f"The model in {output_dir} is whole.{what_is_left(args, family, hub_model_id)}"
         if not isinstance(error, Terminated):
             reason = "Stopped" if isinstance(error, KeyboardInterrupt) else describe(error)
             raise RuntimeError(f"{reason.rstrip('.')}. {whole}") from error

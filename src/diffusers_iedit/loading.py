@@ -443,7 +443,12 @@ def load_pipeline(
         named = getattr(diffusers, str(index.get("_class_name")), cls)
         expected = inspect.signature(named if cls is diffusers.DiffusionPipeline else cls).parameters
         for part, entry in index.items():
-            if part in components or part not in expected or not isinstance(entry, list) or entry[0] is None:
+            if part in components or part not in expected or not isinstance(entry, list):
+                continue
+            if entry[0] is None:
+                if part not in cls._optional_components:
+                    # As SD3 without its T5, which `from_pretrained` wants to be told of.
+                    components[part] = None
                 continue
             # What is of another library is left to `from_pretrained`, which refuses it or knows a newer name.
             if (component_class := _component_class(*entry)) is None:

@@ -15,7 +15,7 @@ from scipy.ndimage import label
 
 from diffusers_iedit import mini
 from diffusers_iedit.evaluation.data import GENERATED_FILE, MINI_SPLITS, ask_for_edit, things_shown
-from diffusers_iedit.finetuning.models import load_base
+from diffusers_iedit.finetuning.families import load_base
 from diffusers_iedit.masking_iedit import segment
 from diffusers_iedit.mini import Scene
 from diffusers_iedit.mini.judging import Judge

@@ -101,6 +101,7 @@ def write_model_card(
     pictures: list[str] = [],
     license: str | None = None,
     lora: bool = False,
+    pipeline_class: str = "IEditPipeline",
 ) -> None:
     """Fills the template of the model card and leaves it as README.md in the folder of the model.
 
@@ -120,7 +121,9 @@ def write_model_card(
         evaluation_note (`str`): What was measured, on what and how.
         pictures (`list[str]`): Sample edits, as paths inside the folder.
         license (`str`, *optional*): The Hub's name of a licence; by default the base model's is said to apply.
-        lora (`bool`): Whether a LoRA was trained, which is merged into the UNet and also lies in the folder "lora".
+        lora (`bool`): Whether a LoRA was trained, which is merged into the model and also lies in the folder "lora".
+        pipeline_class (`str`): Of the saved pipeline. For `IEditPipeline` the card shows the four doors to it, and for
+            any other one how `LocalEditor` edits with it.
 
     Raises:
         `ValueError`: If a picture is not in the folder, or if the Hub has no such licence.
@@ -130,7 +133,7 @@ def write_model_card(
         if not (folder / picture).is_file():
             raise ValueError(f"`loss_plot` and `pictures` have to be files in {folder}, but {picture!r} is not there.")
 
-    mini = base_model in ("mini", "mini-base")
+    mini = base_model in ("mini", "mini-base", "mini-sd3")
     base_id = base_model if _is_hub_id(base_model) and not mini else None
     dataset_id = dataset if _is_hub_id(dataset) else None
     base, data = f"the local model {code(_public(base_model))}", f"the local data set {code(_public(dataset))}"
@@ -141,7 +144,9 @@ def write_model_card(
     if dataset_id:
         data = f"[{dataset_id}](https://huggingface.co/datasets/{dataset_id})"
 
-    tags = ["iedit", "image-editing", "stable-diffusion", "stable-diffusion-diffusers", "diffusers-training"]
+    is_iedit = pipeline_class == "IEditPipeline"
+    family = ["stable-diffusion", "stable-diffusion-diffusers"] if is_iedit else ["sd3", "sd3-diffusers"]
+    tags = ["iedit", "image-editing", *family, "diffusers-training"]
     card = ModelCard.from_template(
         ModelCardData(
             license=license,
@@ -162,6 +167,8 @@ def write_model_card(
         evaluation_note=evaluation_note,
         pictures=pictures,
         lora=lora,
+        pipeline_class=pipeline_class,
+        is_iedit=is_iedit,
     )
     part = folder / ".README.md.part"
     card.save(part)
@@ -204,9 +211,9 @@ def push_folder(
 ) -> str:
     """Uploads the model in a run's folder in one commit, so that the Hub has the old revision or the new one.
 
-    That is the pipeline with its code files, the LoRA, the card and the pictures that the card shows; nothing else
-    that lies in the folder. Files of an earlier push that this one lacks stay on the Hub, as nothing tells them from
-    what somebody added there by hand.
+    That is the pipeline with its code files, if it has some, the LoRA, the card and the pictures that the card shows;
+    nothing else that lies in the folder. Files of an earlier push that this one lacks stay on the Hub, as nothing
+    tells them from what somebody added there by hand.
 
     Args:
         folder (`Path`): What the run left.
@@ -224,16 +231,21 @@ def push_folder(
     """
     folder = Path(folder).resolve()
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    wanted = ["model_index.json", *CODE_FILES]
+    wanted = ["model_index.json"]
+    index = json.loads((folder / "model_index.json").read_text()) if "model_index.json" in there else {}
+    # Only a UNet's pipeline is an IEditPipeline, which brings its code.
+    is_iedit = "transformer" not in index
+    kind = "IEditPipeline" if is_iedit else index.get("_class_name", "pipeline")
+    wanted += CODE_FILES if is_iedit else ()
     if missing := sorted(set(wanted) - there):
-        raise ValueError(f"`folder` has to be a saved IEditPipeline, but {folder} lacks {', '.join(missing)}.")
-    for component, origin in json.loads((folder / "model_index.json").read_text()).items():
+        raise ValueError(f"`folder` has to be a saved {kind}, but {folder} lacks {', '.join(missing)}.")
+    for component, origin in index.items():
         if not isinstance(origin, list) or origin[0] is None:
             continue
         saved = [path.relative_to(folder).as_posix() for path in sorted((folder / component).glob("*"))]
         saved = [path for path in saved if path.endswith(COMPONENT_SUFFIXES)]
         if not saved:
-            raise ValueError(f"`folder` has to be a saved IEditPipeline, but {folder} lacks the folder {component}.")
+            raise ValueError(f"`folder` has to be a saved {kind}, but {folder} lacks the folder {component}.")
         wanted += saved
     card = (folder / "README.md").read_text(encoding="utf-8") if "README.md" in there else ""
     # A name in the card may look like a picture too; no other file of the run is to go along for that.

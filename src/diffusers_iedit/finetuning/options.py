@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 
-DESCRIPTION = """Fine-tunes a Stable Diffusion model with iEdit's objective (Secs. 3.3, 3.4 and 4.1) on pairs from
-build_dataset.py. The defaults are the paper's. Stopped at any moment, --resume_from_checkpoint latest goes on where it
-was."""
+DESCRIPTION = """Fine-tunes a Stable Diffusion model (1.x, 2.x, 3 or 3.5) with iEdit's objective (Secs. 3.3, 3.4 and
+4.1) on pairs from build_dataset.py. The defaults are the paper's. Stopped at any moment, --resume_from_checkpoint
+latest goes on where it was."""
 
 PRESETS = {
     # Sec. 4.1. What the paper does not name is off, or as in diffusers' own scripts.
@@ -23,16 +23,23 @@ PRESETS = {
         "snr_gamma": 1.0,
         "lr_scheduler": "cosine",
     },
+    # The same for flow matching.
+    "tuned-sd3": {
+        "train_blocks": "all",
+        "lora_rank": 0,
+        "caption_dropout": 0.1,
+        "background_weight": 3.0,
+        "overlap_masks": True,
+        "min_edit_timestep": 100,
+        "lr_scheduler": "cosine",
+    },
 }
 
-TRAIN_BLOCKS = {
-    "alternate": ("input", "middle"),
-    "input": ("input",),
-    "middle": ("middle",),
-    "all": ("all",),
-    "attention": ("attention",),
-}
-"""The choices of `train_blocks`, each with the parts that take turns, one a step."""
+TRAIN_BLOCKS = ("alternate", "input", "first", "middle", "all", "attention")
+"""The choices of `train_blocks`: as the classes in families.py have them, which say what each is in a family."""
+
+WEIGHTING_SCHEMES = ("logit_normal", "mode", "sigma_sqrt", "cosmap", "none")
+"""As in diffusers' scripts for Stable Diffusion 3."""
 
 LOSS_TERMS = ("loc", "global", "mask", "perc", "paired", "ldm")
 """What `loss` joins: as `IEditLoss.NEEDS` has them."""
@@ -88,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--model",
         default="CompVis/stable-diffusion-v1-4",
-        help="the base, a Stable Diffusion 1.x or 2.x: a Hub id, a folder, mini, or mini-base",
+        help="the base, a Stable Diffusion 1.x, 2.x, 3 or 3.5: a Hub id, a folder, mini, mini-base, or mini-sd3",
     )
     group.add_argument(
         "--clip_model", help="CLIP of the losses loc and global; openai/clip-vit-large-patch14, for mini the mini one"
@@ -108,9 +115,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--resolution",
         type=int,
         help="height and width of the training pictures; by default the size that the base was made for, but no more"
-        " than the paper's 384",
+        " than the paper's 384, and with Stable Diffusion 3 than 512",
     )
-    group.add_argument("--random_crop", action="store_true", help="crop a pair anywhere instead of in the centre")
+    group.add_argument(
+        "--aspect_ratio_buckets",
+        metavar="HEIGHT,WIDTH;...",
+        help="train each pair at that one of these sizes whose aspect is nearest to its source's, instead of at the"
+        " resolution; a step has pairs of one size",
+    )
+    group.add_argument(
+        "--random_crop",
+        action="store_true",
+        help="crop a pair anywhere instead of in the centre; either way, so that the crop holds what the masks mark",
+    )
     group.add_argument("--random_flip", action="store_true", help="mirror half of the pairs")
     group.add_argument(
         "--cache_latents", action="store_true", help="encode the pairs once, before the first step, not in each step"
@@ -147,14 +164,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=0,
         help="below this timestep, train on the source and its own caption by Eq. 1: z_t then leaves nothing to edit",
     )
+    group.add_argument(
+        "--weighting_scheme",
+        choices=WEIGHTING_SCHEMES,
+        help="of flow-matching models: how timesteps are drawn, and sigma_sqrt and cosmap by which weights beside the"
+        " paper's t/T; logit_normal by default",
+    )
+    group.add_argument("--logit_mean", type=float, default=0.0, help="of logit_normal")
+    group.add_argument("--logit_std", type=float, default=1.0, help="of logit_normal")
+    group.add_argument("--mode_scale", type=float, default=1.29, help="of mode")
     group = parser.add_argument_group("optimisation")
     group.add_argument(
         "--train_blocks",
         default="alternate",
         choices=TRAIN_BLOCKS,
-        help="what of the UNet is trained; alternate: input and middle blocks in turn",
+        help="what of the model is trained; alternate: input and middle blocks of a UNet in turn (input, middle), or"
+        " first and middle ones of a transformer (first, middle)",
     )
-    group.add_argument("--lora_rank", type=int, help="train LoRA layers of this rank in those blocks instead")
+    group.add_argument(
+        "--lora_rank",
+        type=int,
+        help="train LoRA layers of this rank in those blocks instead; 0 for none, which is the default, but for Stable"
+        " Diffusion 3: 16",
+    )
     group.add_argument("--max_train_steps", type=int, default=10_000, help="optimiser steps")
     group.add_argument("--train_batch_size", type=int, default=1, help="pairs a step, process and accumulation")
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches a step")
@@ -211,16 +243,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**PRESETS[preset.preset])
     args = parser.parse_args(argv)
 
-    mini = args.model in ("mini", "mini-base")
+    mini = args.model in ("mini", "mini-base", "mini-sd3")
     args.clip_model = args.clip_model or ("mini" if mini else "openai/clip-vit-large-patch14")
     args.perceptual_model = args.perceptual_model or ("mini" if mini else "timm/vgg16.tv_in1k")
     positive = (
-        "max_train_steps train_batch_size gradient_accumulation_steps resolution lora_rank checkpointing_steps "
+        "max_train_steps train_batch_size gradient_accumulation_steps resolution checkpointing_steps "
         "checkpoints_total_limit validation_steps"
     )
     for name in positive.split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} has to be 1 or more, got {getattr(args, name)}.")
+    if args.lora_rank is not None and args.lora_rank < 0:
+        parser.error(f"--lora_rank has to be 0 or more, got {args.lora_rank}.")
     if not 0 <= args.caption_dropout <= 1:
         parser.error(f"--caption_dropout has to be between 0 and 1, got {args.caption_dropout}.")
     terms = args.loss.split("+")

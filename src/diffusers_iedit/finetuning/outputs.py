@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shutil
 import stat
 from pathlib import Path
 
-from diffusers import UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers import DiffusionPipeline
 
 from .. import mini
-from ..pipeline import IEditPipeline
+from .families import Family
 
 
 class LossLog:
-    """A CSV file with a line for each step: `step`, `loss`, each term without its weight, and `learning_rate`.
+    """A CSV file with a line for each step: `step`, `loss`, each term without its weight, `learning_rate`, and
+    `left_out`, the number of samples that had no part in it.
 
     Args:
         file (`Path`): The file.
@@ -34,6 +35,11 @@ class LossLog:
             writer.writeheader()
             writer.writerows(row | {"step": int(row["step"])} for row in kept)
         partial.replace(file)
+
+    @property
+    def losses(self) -> list[str]:
+        """The columns that are losses."""
+        return [name for name in self.columns if name not in ("step", "learning_rate", "left_out")]
 
     def write(self, row: dict[str, float]) -> None:
         """Appends one line."""
@@ -55,8 +61,7 @@ class LossLog:
         matplotlib.use("agg")
         from matplotlib import pyplot
 
-        rows = self.read()
-        losses = [name for name in self.columns if name not in ("step", "learning_rate")]
+        rows, losses = self.read(), self.losses
         window = max(1, len(rows) // 100)
         figure, axes = pyplot.subplots(1, len(losses), figsize=(3.2 * len(losses), 2.6), layout="constrained")
         for axis, name in zip(axes, losses, strict=True):
@@ -76,7 +81,7 @@ def check_folders(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If `output_dir` is the folder of a model, or if it or `cache_dir` lies among the pairs.
     """
-    folders = {"mini": mini.model_path(), "mini-base": mini.model_path()}
+    folders = {"mini": mini.model_path(), "mini-base": mini.model_path(), "mini-sd3": mini.model_path("sd3")}
     for name in ("output_dir", "cache_dir"):
         written = getattr(args, name)
         for option in ("model", "clip_model", "perceptual_model", "loss_decoder"):
@@ -108,7 +113,7 @@ def apply_umask(folder: Path) -> None:
         file.chmod(mode)
 
 
-def save_pipeline(pipe: IEditPipeline, folder: Path) -> None:
+def save_pipeline(pipe: DiffusionPipeline, folder: Path) -> None:
     """Saves a pipeline into a folder that may hold other files and an older pipeline.
 
     It is written in full under a temporary name first. `model_index.json` comes last: with it, the folder is complete.
@@ -120,6 +125,12 @@ def save_pipeline(pipe: IEditPipeline, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         pipe.save_pretrained(partial)
+        for file in [partial / "model_index.json", *partial.glob("*/*config.json")]:
+            # The paths of this machine are nobody's business.
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if [config.pop(name) for name in ("_name_or_path", "name_or_path", "local_files_only") if name in config]:
+                file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        apply_umask(partial)
     except Exception as error:
         # A full disk comes as an OSError or a SafetensorError, depending on who was writing.
         shutil.rmtree(partial, ignore_errors=True)
@@ -132,24 +143,21 @@ def save_pipeline(pipe: IEditPipeline, folder: Path) -> None:
     partial.rmdir()
 
 
-def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Saves a UNet's LoRA layers, for `pipe.load_lora_weights` on the base, and merges them into the UNet.
+def save_lora(family: Family, folder: Path) -> None:
+    """Saves the model's LoRA layers, for `pipe.load_lora_weights` on the base, and merges them into the model.
 
     Raises:
         OSError: If they cannot be written; what was there before is as it was.
     """
-    from peft import get_peft_model_state_dict
-
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
     try:
-        IEditPipeline.save_lora_weights(partial, unet_lora_layers=layers)
+        family.pipeline_class.save_lora_weights(partial, **family.lora_state())
         apply_umask(partial)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"The LoRA layers could not be written to {folder}: {error}") from error
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    unet.fuse_lora()
-    unet.unload_lora()
+    family.model.fuse_lora()
+    family.model.unload_lora()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,9 +13,9 @@ from datasets import Dataset
 from diffusers.utils import numpy_to_pil
 from PIL import Image
 
-from ..pipeline import IEditPipeline
 from ..resuming import replacing
 from .data import PairStream
+from .families import Family
 
 
 COLUMNS = ("source", "mask", "SDEdit", "iEdit", "iEdit-M")
@@ -27,7 +28,7 @@ class Validation:
 
     Args:
         accelerator (`Accelerator`): Of the training.
-        pipe (`IEditPipeline`): The base, with the UNet that is trained.
+        family ([`Family`]): The base, with the model that is trained.
         pairs ([`~datasets.Dataset`]): With the columns of `pairs.schema.FEATURES`.
         resolution (`int`): Of the pictures, in pixels.
         seed (`int`): Of the noise, which is the same for all columns and at every time.
@@ -38,7 +39,7 @@ class Validation:
     def __init__(
         self,
         accelerator: Accelerator,
-        pipe: IEditPipeline,
+        family: Family,
         pairs: Dataset,
         resolution: int,
         seed: int,
@@ -46,25 +47,22 @@ class Validation:
         **settings,
     ):
         self.accelerator = accelerator
-        names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-        components = {name: getattr(pipe, name) for name in names}
-        self.pipe = IEditPipeline(**components, requires_safety_checker=False).to(accelerator.device)
-        self.pipe.set_progress_bar_config(disable=True)
+        self.model = family.model
+        self.editor = family.editor(accelerator.device)
         self.seed = seed
         self.interrupted = interrupted
         self.settings = settings
         stream = PairStream(pairs, resolution)
         # Under FSDP every process has to take part in every forward pass, so all get equally many rows.
         with accelerator.split_between_processes(list(range(len(pairs))), apply_padding=True) as rows:
-            self.samples = [(row, stream.sample(row, (0.5, 0.5), False)) for row in rows]
+            self.samples = [(row, stream.sample(row, None, False)) for row in rows]
         self.base = [self._edit(row, sample) for row, sample in self.samples]
 
     def _edit(self, row: int, sample: dict, mask: torch.Tensor | None = None) -> Image.Image:
-        unet = self.pipe.unet
-        training = unet.training
-        unet.eval()
+        training = self.model.training
+        self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            (image,) = self.pipe(
+            (image,) = self.editor(
                 sample["source_image"],
                 sample["edit_prompt"],
                 mask_image=mask,
@@ -72,10 +70,10 @@ class Validation:
                 callback_on_step_end=self._end_if_interrupted,
                 **self.settings,
             ).images
-        unet.train(training)
+        self.model.train(training)
         return image
 
-    def _end_if_interrupted(self, pipe: IEditPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+    def _end_if_interrupted(self, pipe: Any, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         pipe._interrupt = self.interrupted()
         return {}
 
