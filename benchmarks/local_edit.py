@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -67,15 +67,19 @@ BARS = {"speed": 40, "memory": 0.6, "success": 0.03}
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the parts to run")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="of the table; `cost` needs stock too")
     parser.add_argument("--size", choices=("sd", "mini"), default="sd", help="the models of `cost`")
-    parser.add_argument("--device", choices=acceleration.devices(), default=acceleration.devices()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--run-steps", type=int, default=1, help="steps of each kind to run; 40 are all")
     parser.add_argument("--rounds", type=int, default=1, help="processes a row")
     parser.add_argument("--examples", type=int, default=64, help="edits a row of `quality`; 16 whole frames at most")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     parser.add_argument("--markdown", metavar="FILE", help="also write the table there")
     parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if "cost" in args.only and ROWS[STOCK] not in args.rows:
+        parser.error("`cost` is that of stock in each row: --rows stock ...")
+    return args
 
 
 def seconds_of(device: str) -> Callable[[], float]:
@@ -230,17 +234,19 @@ def whole(found: dict[str, float]) -> float:
 
 def measure_cost(args: argparse.Namespace) -> dict[str, dict]:
     """By row: medians over the rounds, and those of the ratios to the first row of the same round."""
-    rounds: list[list[dict]] = []
+    rounds: list[dict[str, dict]] = []
     for _ in range(args.rounds):
-        rounds.append([])
+        rounds.append({})
         for row, name in enumerate(ROWS):
-            rounds[-1].append(found := measure_in_a_process(row, args))
-            print(f"{name}: {whole(found):.2f} s, {found['peak MiB']:.0f} MiB", file=sys.stderr, flush=True)
+            if name in args.rows:
+                rounds[-1][name] = found = measure_in_a_process(row, args)
+                # Whoever stops it has what was measured.
+                print(f"{name}: {whole(found):.2f} s: {json.dumps(found)}", file=sys.stderr, flush=True)
     results = {}
-    for row, name in enumerate(ROWS):
-        own = [each[row] for each in rounds]
-        speed = [whole(each[STOCK]) / whole(each[row]) for each in rounds]
-        memory = [each[row]["peak MiB"] / each[STOCK]["peak MiB"] for each in rounds]
+    for name in rounds[0]:
+        own, stock = ([each[row] for each in rounds] for row in (name, ROWS[STOCK]))
+        speed = [whole(base) / whole(found) for found, base in zip(own, stock, strict=True)]
+        memory = [found["peak MiB"] / base["peak MiB"] for found, base in zip(own, stock, strict=True)]
         results[name] = {
             key: value if isinstance(value, str) else statistics.median(each[key] for each in own)
             for key, value in own[0].items()
@@ -255,13 +261,15 @@ def measure_cost(args: argparse.Namespace) -> dict[str, dict]:
 # What it gives
 
 
-def measure_quality(device: str, examples: int) -> dict[str, dict[str, float]]:
+def measure_quality(rows: Sequence[str], device: str, examples: int) -> dict[str, dict[str, float]]:
     """By row: the share of edits that succeed, their mean PSNR in dB where something changes, and their number."""
     # That whole frames are large is what is measured.
     logging.getLogger("diffusers_iedit").setLevel(logging.ERROR)
     judge = Judge.from_pretrained(mini.judge_path())
     results = {}
     for row, name in enumerate(ROWS):
+        if name not in rows:
+            continue
         pipe, settings = load(row, "mini", device)
         right, psnr = [], []
         count = examples if row >= REGION else min(examples, FEW_EXAMPLES)
@@ -316,6 +324,8 @@ def write_table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row, name in enumerate(ROWS):
+        if not any(name in results.get(part, {}) for part in PARTS):
+            continue
         cells = [title_of(row, results)]
         if cost := results.get("cost", {}).get(name):
             steps = " + ".join(
@@ -343,13 +353,13 @@ def write_table(results: dict[str, Any]) -> str:
 def write_bars(results: dict[str, Any]) -> str:
     """What is demanded of all levers together, and whether they give it."""
     lines = []
-    if "cost" in results:
+    if ROWS[-1] in results.get("cost", {}):
         speed, memory = (results["cost"][ROWS[-1]][name] for name in ("speed", "memory"))
         lines = [
             f"all levers: {speed:.1f} times as fast (bar {BARS['speed']} {verdict(speed >= BARS['speed'])})",
             f"peak memory: {memory:.2f} of stock's (bar {BARS['memory']} {verdict(memory <= BARS['memory'])})",
         ]
-    if "quality" in results:
+    if {ROWS[REGION], ROWS[-1]} <= results.get("quality", {}).keys():
         slow, fast = (results["quality"][ROWS[row]]["success"] for row in (REGION, len(ROWS) - 1))
         lines.append(
             f"success {fast:.3f}, of the region in {DEFAULTS['num_inference_steps']} steps {slow:.3f} (at most"
@@ -377,7 +387,7 @@ def main():
     if "cost" in args.only:
         results["cost"] = measure_cost(args)
     if "quality" in args.only:
-        results["quality"] = measure_quality(args.device, args.examples)
+        results["quality"] = measure_quality(args.rows, args.device, args.examples)
     print(", ".join(f"{name} {value}" for name, value in results["settings"].items()))
     print(table := write_table(results))
     print(write_bars(results))

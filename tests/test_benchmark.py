@@ -266,6 +266,7 @@ def test_local_edit_measures_each_row_and_adds_up_what_it_measured(local_edit, t
     monkeypatch.setattr(local_edit, "measure_in_a_process", here)
     monkeypatch.setattr(local_edit, "GRID", 2)
     monkeypatch.setitem(local_edit.DEFAULTS, "num_inference_steps", 5)
+    monkeypatch.setitem(local_edit.acceleration.FEW_STEPS, "num_inference_steps", 3)
     files = [tmp_path / "figures.json", tmp_path / "table.md"]
     arguments = f"--size mini --device cpu --examples 1 --json {files[0]} --markdown {files[1]}".split()
     monkeypatch.setattr(sys, "argv", ["local_edit.py", *arguments])
