@@ -118,8 +118,8 @@ def to_dataset(rows: list[dict]) -> datasets.Dataset:
 
 
 def write_parquet(folder: Path, rows: list[dict], split: str = "train") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    to_dataset(rows).to_parquet(folder / f"{split}-00000.parquet")
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    to_dataset(rows).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     return folder
 
 

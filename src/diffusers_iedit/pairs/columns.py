@@ -49,11 +49,13 @@ SETS = {
         instruction=("edit_prompt",),
         caption=("original_prompt",),
     ),
-    # https://huggingface.co/datasets/osunlp/MagicBrush
+    # https://huggingface.co/datasets/osunlp/MagicBrush; only the test set, a folder, has captions
     "magicbrush": SetColumns(
         source=("source_img",),
         target=("target_img",),
+        prompt=("target_caption",),
         instruction=("instruction",),
+        caption=("source_caption",),
         mask=("mask_img",),
         mask_convention="transparent",
     ),

@@ -237,16 +237,20 @@ def _paths_elsewhere(pairs: Dataset, where: str) -> Iterator[str]:
 
 
 def open_set(
-    source: str | os.PathLike, split: str, streaming: bool = False, revision: str | None = None
+    source: str | os.PathLike,
+    split: str,
+    streaming: bool = False,
+    revision: str | None = None,
+    name: str | None = None,
 ) -> Dataset | IterableDataset:
-    """Opens a set of any columns; its images are read as `load_pairs` says.
+    """Opens a set of any columns, of its configurations the one of this name; images are read as `load_pairs` says.
 
     Raises:
         ValueError: If it cannot be opened.
     """
     path, files, options = os.fspath(source), None, {}
     try:
-        config = datasets.load_dataset_builder(path, revision=revision).config
+        config = datasets.load_dataset_builder(path, name, revision=revision).config
         if os.path.isdir(path):
             # By itself, `datasets` takes a folder for any other of the same name that it has read before. Told of the
             # files, it looks at these.
@@ -256,7 +260,7 @@ def open_set(
             # Streamed from the Hub, threads would decode pictures before they get here, in any format.
             options["decode_num_threads"] = 0
         pairs = datasets.load_dataset(
-            path, split=split, data_files=files, streaming=streaming, revision=revision, **options
+            path, name, split=split, data_files=files, streaming=streaming, revision=revision, **options
         )
     except _UNREADABLE as error:
         found = "" if os.path.exists(source) else ", which is no folder here,"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -35,6 +36,9 @@ from .read import (
 )
 
 
+_TEXT = datasets.Value("string")
+
+
 def _is_folder_of_pairs(path: str) -> bool:
     return os.path.isdir(path) and next(Path(path).glob("*_before.*"), None) is not None
 
@@ -61,10 +65,48 @@ def _stream_folder(folder: str) -> datasets.IterableDataset:
     columns = ["before", "after"]
     columns += ["mask"] if any(Path(name).stem.endswith("_mask") for name in names) else []
     columns += ["txt"] if any(name.endswith(".txt") for name in names) else []
-    features = {name: datasets.Value("string") if name == "txt" else datasets.Image(decode=False) for name in columns}
+    features = {name: _TEXT if name == "txt" else datasets.Image(decode=False) for name in columns}
     return datasets.IterableDataset.from_generator(
         _folder_rows, features=datasets.Features(features), gen_kwargs={"folder": folder, "columns": tuple(columns)}
     )
+
+
+SESSIONS, DESCRIPTIONS = "edit_sessions.json", "global_descriptions.json"
+"""Of MagicBrush's test set: the turns of each picture, and what all pictures show."""
+
+
+def _session_rows(folder: str) -> Iterator[dict]:
+    sessions = json.loads(Path(folder, SESSIONS).read_text())
+    file = Path(folder, DESCRIPTIONS)
+    descriptions = json.loads(file.read_text()) if file.exists() else {}
+    for key, turns in sessions.items():
+        for turn in turns:
+            row = {
+                f"{column}_img": {"bytes": None, "path": f"images/{key}/{turn[name]}"}
+                for column, name in (("source", "input"), ("mask", "mask"), ("target", "output"))
+            }
+            captions = descriptions.get(key, {})
+            row |= {"source_caption": captions.get(turn["input"]), "target_caption": captions.get(turn["output"])}
+            yield row | {"instruction": turn["instruction"]}
+
+
+def _stream_sessions(folder: str) -> datasets.IterableDataset:
+    """MagicBrush's test set as it is handed out: https://github.com/OSU-NLP-Group/MagicBrush."""
+    images = dict.fromkeys(("source_img", "mask_img", "target_img"), datasets.Image(decode=False))
+    captions = ["source_caption", "target_caption"]
+    stream = datasets.IterableDataset.from_generator(
+        _session_rows,
+        features=datasets.Features(images | dict.fromkeys([*captions, "instruction"], _TEXT)),
+        gen_kwargs={"folder": folder},
+    )
+    return stream if Path(folder, DESCRIPTIONS).exists() else stream.remove_columns(captions)
+
+
+def stream_folder(path: str) -> datasets.IterableDataset | None:
+    """The pairs of a folder that `datasets` does not read: one of pairs, or MagicBrush's test set."""
+    if Path(path, SESSIONS).is_file():
+        return _stream_sessions(path)
+    return _stream_folder(path) if _is_folder_of_pairs(path) else None
 
 
 def _holds(feature, role: str) -> bool:
@@ -138,11 +180,9 @@ class PairCollection:
 
     def _find(self) -> tuple[datasets.IterableDataset | None, list[str], dict[str, str]]:
         """The set as it is, or its tars; and its columns by role."""
-        stream: datasets.IterableDataset | None
         tars: list[str] = []
-        if _is_folder_of_pairs(self.path):
-            stream = _stream_folder(self.path)
-        else:
+        stream = stream_folder(self.path)
+        if stream is None:
             options = self.options
             stream, tars = open_stream(
                 self.path, options.source_split, options.source_files, options.source_revision, self.argument
