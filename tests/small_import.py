@@ -2,9 +2,13 @@
 
 import io
 import json
+import os
+import signal
+import sys
 import tarfile
 from dataclasses import fields, replace
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -15,6 +19,10 @@ from diffusers_iedit import mini
 from diffusers_iedit.pairs.importing import import_pairs
 from diffusers_iedit.pairs.jobs import ImportOptions
 from diffusers_iedit.pairs.options import CaptionOptions, ReadPairsOptions, SegmentOptions, SimilarityOptions
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+import import_pairs as script
 
 
 COUNT, SHARD_SIZE, FIRST_SEED = 6, 4, 310_000
@@ -188,3 +196,39 @@ def run(output_dir: Path, chosen: ImportOptions, **how) -> dict:
         return import_pairs(output_dir, chosen, **how)
     finally:
         torch.set_num_threads(threads)
+
+
+def arguments(source: Path | str, output_dir: Path, *others: str) -> list[str]:
+    """The command line that `options` stands for."""
+    return [
+        *("--source", str(source), "--output_dir", str(output_dir), "--shard_size", str(SHARD_SIZE)),
+        *("--caption_model", "mini", "--clip_model", "mini", "--mask_model", "mini", *others),
+    ]
+
+
+# In processes of their own
+
+
+def run_and_die(output_dir: Path, chosen: ImportOptions, part: str, number: int) -> None:
+    """Is killed when the `number`-th file below a folder `part` is to get its name."""
+    replace_file, seen = os.replace, 0
+
+    def deadly(source, target):
+        nonlocal seen
+        seen += part in Path(target).parts
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(source, target)
+
+    with mock.patch("os.replace", deadly):
+        run(output_dir, chosen)
+
+
+def command(argv: list[str], log: Path, environment: dict[str, str] = {}) -> None:
+    """import_pairs.py with these arguments; what it prints goes to the file `log`."""
+    os.environ.update(environment)
+    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = ["import_pairs.py", *argv]
+    script.main()

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -427,6 +428,12 @@ def test_bad_input_is_an_error_of_one_line(tmp_path, sets, name, changes, messag
     assert not (tmp_path / "pairs/data").exists()
 
 
+def test_instructions_that_are_given_as_prompts_are_an_error_that_names_the_option(tmp_path, sets):
+    chosen = options(sets["instructpix2pix"], prompt_column="edit_prompt", similarity=False)
+    with pytest.raises(ValueError, match=r"`prompt_column` 'edit_prompt' holds instructions, such as 'make it a .*'"):
+        run(tmp_path / "pairs", chosen)
+
+
 def test_a_set_without_known_columns_says_what_to_pass(tmp_path):
     folder = small_import.write_parquet(tmp_path / "set", [{"picture": png(Image.new("RGB", (64, 64))), "text": "a"}])
     with pytest.raises(ValueError, match=r"No known format fits .*picture, text.*`source_column` and `target_column`"):
@@ -480,3 +487,51 @@ def test_another_option_is_an_error_unless_its_stage_is_redone(tmp_path, sets, i
     with pytest.raises(ValueError, match=r"was begun with `min_mask_iou` = 0.0, but now it is 0.5.*--redo mask"):
         run(copy, changed)
     assert run(copy, changed, redo="mask")["rows_out"] == small_import.COUNT
+
+
+# The command
+
+
+def command(monkeypatch, *argv):
+    monkeypatch.setattr("sys.argv", ["import_pairs.py", *map(str, argv)])
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    small_import.script.main()
+
+
+def test_the_command_imports_and_says_what_became_of_the_rows(tmp_path, sets, imports, monkeypatch, capsys):
+    argv = small_import.arguments(sets["ultraedit"], tmp_path / "pairs", "--format", "ultraedit")
+    command(monkeypatch, *argv)
+    printed = capsys.readouterr().out
+    assert f"6 pairs from 6 rows in {tmp_path / 'pairs'}" in printed
+    assert "columns: source = source_image, target = edited_image, prompt = target_caption" in printed
+    assert "masks: 6 from set" in printed
+    assert files(tmp_path / "pairs") == files(imports["ultraedit"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--shard_size", "0"], "import_pairs.py: error: `shard_size` has to be at least 1, but is 0."),
+        (["--target_column", "pigs"], "import_pairs.py: error: `target_column` 'pigs' is no column of source"),
+        (["--source", "/no/such"], "import_pairs.py: error: `source` '/no/such' "),
+    ],
+)
+def test_a_wrong_option_is_one_line(tmp_path, sets, monkeypatch, wrong, said):
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, *small_import.arguments(sets["ultraedit"], tmp_path / "pairs", *wrong))
+    assert str(end.value).startswith(said)
+    assert "\n" not in str(end.value)
+
+
+SCRIPT = Path(small_import.script.__file__)
+
+
+def test_a_set_of_the_hub_is_imported_and_pushed(hub, tmp_path, sets, imports):
+    hub.add("datasets", "me/edits", {f"data/{name}": content for name, content in files(sets["ultraedit"]).items()})
+    argv = small_import.arguments("me/edits", tmp_path / "pairs", "--push_to_hub", "--hub_dataset_id", "me/pairs")
+    result = hub.run([sys.executable, str(SCRIPT), *argv], OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    pushed = hub.repos["datasets"]["me/pairs"].files()
+    assert {name for name in pushed if name.startswith("data/")} == {"data/train-00000-of-00001.parquet"}
+    assert b"`me/edits`" in pushed["README.md"]
+    assert pushed["data/train-00000-of-00001.parquet"] == files(imports["ultraedit"])["train-00000-of-00001.parquet"]

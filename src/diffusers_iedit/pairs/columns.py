@@ -82,6 +82,18 @@ FOLDER = SetColumns(source=("before",), target=("after",), prompt=("txt",), mask
 """A folder of pairs: a_before.png, a_after.png, and a.txt and a_mask.png if they are there."""
 
 
+_COMMANDS = frozenset(
+    "add alter apply change color colour convert crop delete erase get give have insert let make move paint place "
+    "put remove replace rotate swap switch transform turn".split()
+)
+
+
+def is_instruction(text: str) -> bool:
+    """Whether a text begins as a command does: "make it blue", "let the cat sleep"."""
+    first, _, _ = text.strip().partition(" ")
+    return first.lower().strip(",.:") in _COMMANDS
+
+
 def recognise(columns: Iterable[str]) -> str | None:
     """The name of the public set that has these columns, or None if there is none or more than one."""
     columns = list(columns)

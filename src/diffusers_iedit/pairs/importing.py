@@ -22,6 +22,7 @@ from ..images import open_image
 from ..masking_iedit import difference_term
 from . import models
 from .build import Runner, as_read_again, carry_out, describe, reading, summed
+from .columns import is_instruction
 from .embed import EmbedImages, EmbedPrompts
 from .jobs import CPU_THREADS, CaptionJob, Collection, ImportOptions, Job, SegmentJob, WriteSetJob
 from .mask import GRID, mask_iou, unfit_mask
@@ -334,6 +335,9 @@ class Importer(Runner[ImportOptions]):
         self.columns = self.options.read.collections()["source"].find_columns()
         self.read("source", self.count_parts("source"))
         source = Collection(self.work, "source")
+        if self.engine.is_main:
+            self.check_prompts(source)
+        self.engine.wait()
         rows = {shard: len(kept) for shard, kept in source.kept.items()}
         from_set = {role: role in self.columns for role in ("caption", "prompt")}
         self.stage("caption", self.job(CaptionPairsJob, from_set=from_set), rows)
@@ -344,6 +348,16 @@ class Importer(Runner[ImportOptions]):
         self.stage("mask", self.job(PairMaskJob), edits)
         pairs = {shard: self.marker("mask", shard).rows_out for shard in rows}
         return self.write(WritePairsJob, pairs, has_instructions=INSTRUCTION in self.columns)
+
+    def check_prompts(self, source: Collection) -> None:
+        """Raises `ValueError` if what should be captions of the second pictures are commands."""
+        prompts = [prompt or "" for prompt in source.column(source.shards[0], "prompt")]
+        commands = [prompt for prompt in prompts if is_instruction(prompt)]
+        if len(commands) > len(prompts) / 2:
+            raise ValueError(
+                f"`prompt_column` {self.columns['prompt']!r} holds instructions, such as {commands[0]!r}, but has"
+                " to hold captions of the pictures after the edit: pass it as `instruction_column`."
+            )
 
     def report(self, files: list[Path]) -> dict:
         source = Collection(self.work, "source")
