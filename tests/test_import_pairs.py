@@ -162,6 +162,16 @@ def test_every_form_is_read_from_every_kind_of_files(tmp_path, sets, truth, kind
     assert dropped == {}
 
 
+def test_the_files_that_nhr_edit_names_are_its_pictures(tmp_path, sets, truth):
+    rows = [FORMS["nhr-edit"](pair) for pair in truth]
+    named = [{"source": r["source_image"], "edited": r["edited_image"], **r} for r in rows]
+    for row in named:
+        del row["source_image"], row["edited_image"]
+    folder = small_import.write_image_folder(tmp_path / "set", named)
+    assert "source_file_name" in (folder / "metadata.jsonl").read_text()
+    assert read(folder, format="nhr-edit")[0] == read(sets["nhr-edit"])[0]
+
+
 def test_a_list_of_instructions_counts_as_its_first(sets, truth):
     rows = read(sets["omniedit"])[0]
     assert [row["instruction"] for row in rows] == [pair.instruction for pair in truth]
