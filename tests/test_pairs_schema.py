@@ -142,6 +142,14 @@ def test_several_columns_that_are_missing_are_one_fault_in_one_line(tmp_path):
         load_pairs(save(tmp_path, pairs))
 
 
+def test_a_set_may_lack_the_similarity(tmp_path):
+    pairs = dataset([row(n) for n in range(3)]).remove_columns("similarity")
+    assert validate(pairs) == []
+    for streaming in (False, True):
+        loaded = load_pairs(save(tmp_path, pairs), streaming=streaming)
+        assert loaded.column_names == [name for name in FEATURES if name != "similarity"]
+
+
 def test_a_column_that_is_missing_is_one_fault():
     (fault,) = validate(dataset([row()]).remove_columns("edit_prompt"))
     assert fault.startswith("the pairs: column `edit_prompt` is missing; there are source_image, target_image,")

@@ -48,7 +48,7 @@ from diffusers_iedit.finetuning.families import FAMILIES, StableDiffusion, Stabl
 from diffusers_iedit.finetuning.models import parameter_groups
 from diffusers_iedit.finetuning.options import LOSS_TERMS, LR_SCHEDULERS, PRESETS, TRAIN_BLOCKS, parse_args
 from diffusers_iedit.losses import IEditLoss
-from diffusers_iedit.pairs.schema import FEATURES, validate
+from diffusers_iedit.pairs.schema import FEATURES, OPTIONAL, validate
 
 
 @pytest.fixture(scope="module")
@@ -775,7 +775,7 @@ def without(name):
     return [column for column in FEATURES if column != name]
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", [name for name in FEATURES if name not in OPTIONAL])
 def test_a_data_set_without_a_column_names_the_column(tmp_path, base, capsys, name):
     pairs = write_pairs(tmp_path / "pairs", make_rows(3), without(name))
     message = error(arguments(pairs, base, tmp_path / "model"), capsys)

@@ -3,16 +3,9 @@
 Stopped at any moment, the same command goes on where it was.
 """
 
-import logging
-import os
-import sys
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
-from transformers import HfArgumentParser
-from transformers.utils import logging as transformers_logging
-
+from diffusers_iedit.pairs.command import RunOptions, run_command
 from diffusers_iedit.pairs.options import (
     STAGES,
     CaptionOptions,
@@ -25,33 +18,13 @@ from diffusers_iedit.pairs.options import (
 
 
 @dataclass
-class RunOptions:
+class BuildRunOptions(RunOptions):
     """How the build runs: nothing of this changes a row, but for rounding."""
 
-    output_dir: Path = field(metadata={"help": "folder of the data set; large, as it holds the images"})
-    engine: str = field(
-        default="local", metadata={"choices": ["local", "ray"], "help": "this machine, or a Ray cluster"}
-    )
-    ray_address: str | None = field(
-        default=None, metadata={"help": "the cluster's address, or auto; by default a local Ray is started"}
-    )
-    num_workers: int = field(default=1, metadata={"help": "Ray: actors a stage, at most"})
-    gpus_per_worker: float | None = field(
-        default=None, metadata={"help": "Ray: GPUs of each actor; may be a fraction; by default one if there is one"}
-    )
-    batch_size: int = field(default=16, metadata={"help": "images that a model looks at together"})
-    resume: bool = field(default=True, metadata={"help": "go on with a build that was stopped"})
     redo: str | None = field(
         default=None,
         metadata={"choices": STAGES, "help": "build from this stage on again, with new options; go on without it"},
     )
-    license_note: str = field(
-        default="Not stated. The images belong to their owners.",
-        metadata={"help": "for the card: under what terms the images may be used; a finished set needs --redo write"},
-    )
-    push_to_hub: bool = field(default=False, metadata={"help": "upload the finished data set"})
-    hub_dataset_id: str | None = field(default=None, metadata={"help": "its Hub id; by default the folder's name"})
-    hub_private: bool = field(default=False, metadata={"help": "make a new Hub repository private"})
 
 
 @dataclass
@@ -96,62 +69,23 @@ class EditArguments:
         values["vocabulary"] = None if self.vocabulary is None else frozenset(self.vocabulary)
         return EditOptions(**values | {"keep": frozenset(self.keep)})
 
+    def __post_init__(self):
+        self.options()
 
-def main() -> None:
-    # Under `accelerate launch` every process comes here: what all of them have to say is said by the first.
-    is_first = os.environ.get("RANK", "0") == "0"
-    level = logging.WARNING if is_first else logging.ERROR
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    # A bar for each model's weights would break the stage's own.
-    transformers_logging.disable_progress_bar()
-    stages = (ReadOptions, CaptionOptions, EditArguments, EmbedOptions, RetrieveOptions, MaskOptions)
-    usage = "%(prog)s --source SOURCE --output_dir OUTPUT_DIR [options, see --help]"
-    parser = HfArgumentParser((RunOptions, *stages), description=__doc__, usage=usage)
-    try:
-        # Older versions of argparse cannot write to None.
-        with open(os.devnull, "w") as nowhere, ExitStack() as silenced:
-            if not is_first:
-                silenced.enter_context(redirect_stdout(nowhere))
-                silenced.enter_context(redirect_stderr(nowhere))
-            run, read, caption, edit, embed, retrieve, mask = parser.parse_args_into_dataclasses()
-            edit_options = edit.options()
-    except ValueError as error:
-        sys.exit(f"build_dataset.py: error: {error}" if is_first else 1)
 
+def work(run, options, engine, redo) -> dict:
     # What --help and a wrong option get is not to wait for these, which take seconds.
-    import torch
-    from accelerate import PartialState
-
-    from diffusers_iedit.engines import LocalEngine, RayEngine
     from diffusers_iedit.pairs.build import build
     from diffusers_iedit.pairs.jobs import Options
-    from diffusers_iedit.pairs.write import push
 
-    # Given again, `--redo` would begin its stage again.
-    again = "Run the same command again" if run.resume and not run.redo else "Run it again without --redo, --no_resume"
-    try:
-        if run.engine == "ray":
-            gpus = float(torch.cuda.is_available()) if run.gpus_per_worker is None else run.gpus_per_worker
-            engine = RayEngine(run.ray_address, run.num_workers, gpus)
-        else:
-            engine = LocalEngine()
-        redo = run.redo if run.resume else STAGES[0]
-        options = Options(read, caption, edit_options, edit.edit_seed, embed, retrieve, mask)
-        report = build(run.output_dir, options, engine, run.batch_size, redo, run.license_note)
-        if engine.is_main:
-            print(f"{report['rows_out']:,} pairs from {report['rows_in']:,} rows in {run.output_dir}")
-            for reason, count in report["dropped"].items():
-                print(f"  left out: {count:,} {reason}")
-            if run.push_to_hub:
-                print(push(run.output_dir, run.hub_dataset_id or run.output_dir.resolve().name, run.hub_private))
-    except (ValueError, RuntimeError, ImportError) as error:
-        sys.exit(f"build_dataset.py: error: {error}")
-    except OSError as error:
-        # A full disk above all: what is finished stays, and nothing is half-written.
-        sys.exit(f"build_dataset.py: error: {str(error).rstrip('.')}. {again} to go on.")
-    except KeyboardInterrupt:
-        sys.exit(f"build_dataset.py: stopped. {again} to go on." if is_first else 1)
-    PartialState().destroy_process_group()
+    read, caption, edit, embed, retrieve, mask = options
+    chosen = Options(read, caption, edit.options(), edit.edit_seed, embed, retrieve, mask)
+    return build(run.output_dir, chosen, engine, run.batch_size, redo, run.license_note)
+
+
+def main() -> None:
+    stages = (ReadOptions, CaptionOptions, EditArguments, EmbedOptions, RetrieveOptions, MaskOptions)
+    run_command(__doc__, BuildRunOptions, stages, STAGES[0], work)
 
 
 if __name__ == "__main__":

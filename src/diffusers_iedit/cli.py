@@ -298,7 +298,13 @@ def build_parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"has to be PART=NAME, as in clip=mini, joined by commas, but is {text}")
         return [(part, name) for part, _, name in pairs]
 
-    add("data", required=True, metavar="SET", help="mini, pie-bench:DIR, or a set of pairs: a folder or a Hub id")
+    add(
+        "data",
+        required=True,
+        metavar="SET",
+        help="mini, pie-bench:DIR, or a folder or a Hub id: a set of pairs, PIE-Bench++, MagicBrush or another public"
+        " set of edits",
+    )
     add("output-dir", required=True, type=Path, metavar="DIR", help="where results.json, results.md, index.html go")
     add("model", default=DEFAULT_MODEL, metavar="NAME", help="the fine-tuned model (default: %(default)s)")
     add(
@@ -320,6 +326,7 @@ def build_parser() -> argparse.ArgumentParser:
         " sdedit,sdedit-m,iedit,iedit-m)",
     )
     add("split", metavar="NAME", help="of the data")
+    add("caption-model", metavar="NAME", help="BLIP: Hub id, folder or mini, for a set of edits that has no captions")
     add("num-examples", type=_COUNT, metavar="N", help="take only the first of each group")
     add("strength", type=_STRENGTH, metavar="S", help="of all methods (default: 0.7)")
     add("guidance-scale", type=_FINITE, metavar="G", help="of all methods (default: 7.5)")

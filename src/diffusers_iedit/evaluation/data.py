@@ -1,4 +1,4 @@
-"""The examples that methods are measured on: a set of pairs, PIE-Bench's own folder, or the mini benchmark."""
+"""The examples that methods are measured on: sets of pairs or of edits, PIE-Bench's forms, and the mini benchmark."""
 
 from __future__ import annotations
 
@@ -7,20 +7,49 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+from diffusers.utils import logging
 from PIL import Image
 
 from .. import mini
 from ..images import open_image
 from ..masking_iedit import difference_term
+from ..pairs import masks
+from ..pairs.caption import CaptionImages
+from ..pairs.columns import recognise
 from ..pairs.files import locate, read_file, set_roots
-from ..pairs.schema import load_pairs, read_pair, with_encoded_images
+from ..pairs.importing import find_masks
+from ..pairs.masks import same_aspect
+from ..pairs.options import CaptionOptions, ReadPairsOptions, SegmentOptions
+from ..pairs.read import open_stream, tar_columns
+from ..pairs.schema import (
+    FEATURES,
+    INSTRUCTION,
+    OPTIONAL,
+    PairImage,
+    load_pairs,
+    open_set,
+    read_pair,
+    with_encoded_images,
+)
+from ..pairs.sets import stream_folder
+from ..pairs.shards import read_table
+
+
+logger = logging.get_logger(__name__)
+
+_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -78,7 +107,7 @@ class Examples(Sequence[Example]):
         return [self._read(number) for number in numbers] if isinstance(index, slice) else self._read(numbers)
 
 
-def load_examples(source: str, split: str | None = None) -> Examples:
+def load_examples(source: str, split: str | None = None, caption_model: str | None = None) -> Examples:
     """Opens a set of examples; their pictures are read one by one, as they are asked for.
 
     Args:
@@ -86,9 +115,12 @@ def load_examples(source: str, split: str | None = None) -> Examples:
 
             - `"mini"`: the mini benchmark, `mini_benchmark`;
             - `"pie-bench:DIR"`: PIE-Bench's own folder, `from_pie_bench`;
-            - a folder or a Hub id with the columns of [`~diffusers_iedit.pairs.FEATURES`], `from_pairs`.
-        split (`str`, *optional*): "test" (the default) or "choose" of the mini benchmark, or a split of the pairs
-            ("train" by default). PIE-Bench has none.
+            - a folder or a Hub id with the columns of [`~diffusers_iedit.pairs.FEATURES`], `from_pairs`;
+            - one with those of PIE-Bench++ (`UB-CVML-Group/PIE_Bench_pp`), `from_pie_bench_plus`;
+            - one with those of a public set of edits, such as MagicBrush, or a folder of pairs, `from_edits`.
+        split (`str`, *optional*): "test" (the default) or "choose" of the mini benchmark, or a split of the set
+            ("train" by default, or the only one). PIE-Bench has none.
+        caption_model (`str`, *optional*): A BLIP model (Hub id, folder or `mini`), for a set that has no captions.
 
     Returns:
         [`Examples`]: A sequence of [`Example`] with the attributes `keys` and `fingerprint`.
@@ -103,7 +135,32 @@ def load_examples(source: str, split: str | None = None) -> Examples:
         if split is not None:
             raise ValueError(f"`split` has to be None for PIE-Bench, which has no splits, got {split!r}.")
         return from_pie_bench(source.removeprefix("pie-bench:"))
+    columns = _columns(source, split)
+    if columns.issuperset(PIE_BENCH_PLUS):
+        return from_pie_bench_plus(source, split)
+    if not columns.issuperset(FEATURES.keys() - OPTIONAL) and (
+        recognise(columns) or stream_folder(source) is not None
+    ):
+        return from_edits(source, split, caption_model)
     return from_pairs(source, split or "train")
+
+
+def _columns(source: str, split: str | None) -> set[str]:
+    """The columns of a set; none if it cannot be opened."""
+    try:
+        stream = stream_folder(source)
+        if stream is None:
+            names = datasets.get_dataset_config_names(source)
+            if len(names) > 1:
+                # Only of PIE-Bench++ all configurations are taken together.
+                return set(open_set(source, split or "V1", streaming=True, name=names[0]).features)
+            stream, tars = open_stream(source, split, None, None, "data")
+            if stream is None:
+                return set(tar_columns(tars))
+        return set(stream.features)
+    except Exception:
+        # Whoever opens it in earnest says why.
+        return set()
 
 
 def edit_instruction(source_term: str, target_term: str) -> str:
@@ -125,7 +182,8 @@ def _check_mask(mask: Image.Image, image: Image.Image, where: str) -> None:
 def from_pairs(source: str, split: str = "train") -> Examples:
     """The examples of a set of pairs: its source images, and its source masks as the place of the edit.
 
-    Its targets are retrieved pictures that show something alike (Sec. 3.1), so no example has a true `target`.
+    The targets of a set that was built are retrieved pictures that show something alike (Sec. 3.1), so no example has
+    a true `target`. Where the set has instructions, as one that was imported, they are taken.
 
     Args:
         source (`str`): A folder or a Hub id.
@@ -139,7 +197,11 @@ def from_pairs(source: str, split: str = "train") -> Examples:
             mask does not fit.
     """
     columns = ["source_image", "source_mask", "source_caption", "edit_prompt", "source_term", "target_term"]
-    encoded = with_encoded_images(load_pairs(source, split=split).select_columns(columns))
+    load_pairs(source, split=split)
+    opened = open_set(source, split)
+    if INSTRUCTION in opened.features:
+        columns.append(INSTRUCTION)
+    encoded = with_encoded_images(opened.select_columns(columns))
 
     content, roots = hashlib.sha256(), set_roots(source)
     for number, row in enumerate(encoded):
@@ -163,11 +225,100 @@ def from_pairs(source: str, split: str = "train") -> Examples:
             group="all",
             image=pair["source_image"].convert("RGB"),
             mask=pair["source_mask"],
-            instruction=edit_instruction(pair["source_term"], pair["target_term"]),
+            instruction=pair.get(INSTRUCTION) or edit_instruction(pair["source_term"], pair["target_term"]),
             **{name: pair[name] for name in ("source_caption", "edit_prompt", "source_term", "target_term")},
         )
 
     return Examples(keys, read, content.hexdigest())
+
+
+def from_edits(source: str, split: str | None = None, caption_model: str | None = None) -> Examples:
+    """The examples of a set with pictures before and after an edit, as its authors hand it out.
+
+    Where the set has masks, they are the place of the edit; else it is what differs between the two pictures. The
+    second picture is the true `target` if it shows the same frame.
+
+    Args:
+        source (`str`): What `training/import_pairs.py` reads without being told the columns: a public set of edits on
+            the Hub or in a folder, MagicBrush's test set, or a folder of pairs.
+        split (`str`, *optional*): By default "train", or the only one that there is.
+        caption_model (`str`, *optional*): A BLIP model that writes the captions which the set lacks. An instruction is
+            none.
+
+    Returns:
+        [`Examples`]: All in the group "all".
+
+    Raises:
+        ValueError: If the set cannot be opened, has no row that is fit, or has no captions and there is no
+            `caption_model`; on reading an example, if it has no mask and nothing that differs.
+    """
+    options = ReadPairsOptions(source, source_split=split, min_size=1, max_size=2**31)
+    collection = options.collections()["source"]
+    missing = [role for role in ("caption", "prompt") if role not in collection.find_columns()]
+    if missing and caption_model is None:
+        raise ValueError(
+            f"{source} has no captions of its pictures, and an instruction is none: pass `caption_model`, a BLIP model"
+            " that writes them, such as Salesforce/blip-image-captioning-large."
+        )
+    dropped: Counter[str] = Counter()
+    table = _on_disk(collection.rows(collection.open(), options, dropped), collection.schema)
+    if dropped:
+        logger.warning(f"{source}: {dropped.total()} rows are left out: {dict(dropped)}.")
+    if not len(table):
+        raise ValueError(f"{source} has no rows that can be evaluated.")
+    texts = {role: table[role].to_pylist() for role in ("caption", "prompt", "instruction")}
+    if caption_model is not None and missing:
+        captioner = CaptionImages(CaptionOptions(caption_model))
+        for role in missing:
+            texts[role] = _write_captions(captioner, table["image" if role == "caption" else "target"])
+    content = hashlib.sha256(json.dumps(texts).encode())
+    for column in ("image", "target", "mask"):
+        for value in table[column]:
+            content.update(hashlib.sha256(value.as_py() or b"").digest())
+    keys = [f"edit-{number:06}" for number in range(len(table))]
+
+    def read(number: int) -> Example:
+        row, where = table.slice(number, 1).to_pylist()[0], f"{source}, {keys[number]}"
+        caption, prompt, instruction = (texts[role][number] for role in ("caption", "prompt", "instruction"))
+        if not caption or not prompt:
+            raise ValueError(f"{where}: a caption is empty.")
+        found = find_masks(row["image"], row["target"], row["mask"], SegmentOptions(min_mask_area=0, max_mask_area=1))
+        if found.source is None:
+            raise ValueError(f"{where}: it has no mask, and the two pictures do not tell where the edit is.")
+        image, target = (open_image(row[name]).convert("RGB") for name in ("image", "target"))
+        old, new = difference_term(caption, prompt), difference_term(prompt, caption)
+        return Example(
+            key=keys[number],
+            group="all",
+            image=image,
+            mask=open_image(found.source),
+            source_caption=caption,
+            edit_prompt=prompt,
+            source_term=old or None,
+            target_term=new or None,
+            instruction=instruction or (edit_instruction(old, new) if old and new else prompt),
+            target=target.resize(image.size) if same_aspect(image.size, target.size) else None,
+        )
+
+    return Examples(keys, read, content.hexdigest())
+
+
+def _on_disk(rows: Iterator[dict], schema: pa.Schema) -> pa.Table:
+    """Rows that are read where they lie instead of being kept in memory."""
+    # The system keeps the file as long as it is mapped.
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "rows.arrow")
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as out:
+            while some := list(islice(rows, _AT_ONCE)):
+                out.write_table(pa.Table.from_pylist(some, schema=schema))
+        return read_table(file)
+
+
+def _write_captions(captioner: CaptionImages, images: pa.ChunkedArray) -> list[str]:
+    captions = []
+    for start in range(0, len(images), _AT_ONCE):
+        captions += captioner({"image": images[start : start + _AT_ONCE].to_pylist()})["caption"]
+    return captions
 
 
 PIE_BENCH_SIZE = 512
@@ -206,17 +357,7 @@ def decode_runs(runs: list[int] | str) -> np.ndarray:
     Raises:
         ValueError: If these are no such runs.
     """
-    pixels = PIE_BENCH_SIZE**2
-    if isinstance(runs, str) and re.fullmatch(r"[\d\s]*", runs):
-        runs = [int(number) for number in runs.split()]
-    if not isinstance(runs, list) or len(runs) % 2 or not all(type(value) is int for value in runs):
-        raise ValueError("the mask has to be a list of integers [start, length, start, length, ...].")
-    flat = np.zeros(pixels, dtype=bool)
-    for start, length in zip(runs[::2], runs[1::2], strict=True):
-        if not 0 <= start < pixels or length < 0:
-            raise ValueError(f"the mask has a run of {length} pixels from {start}, in an image of {pixels} pixels.")
-        flat[start : start + length] = True
-    mask = flat.reshape(PIE_BENCH_SIZE, PIE_BENCH_SIZE)
+    mask = masks.decode_runs(runs, (PIE_BENCH_SIZE, PIE_BENCH_SIZE))
     mask[[0, -1]] = True
     mask[:, [0, -1]] = True
     return mask
@@ -330,6 +471,73 @@ def from_pie_bench(folder: str | Path) -> Examples:
         )
 
     return Examples(keys, read, hashlib.sha256(text + json.dumps(sizes).encode()).hexdigest())
+
+
+PIE_BENCH_PLUS = ("image", "source_prompt", "target_prompt", "mask")
+"""The columns of PIE-Bench++ on the Hub that an example is made of."""
+
+
+def from_pie_bench_plus(source: str, split: str | None = None) -> Examples:
+    """PIE-Bench++ (https://huggingface.co/datasets/UB-CVML-Group/PIE_Bench_pp): one configuration a type of edits.
+
+    Brackets in the prompts go, and terms are found, as by `from_pie_bench`. It has no instructions: these name what
+    replaces what, or say the prompt where the prompts differ in no word that names a thing.
+
+    Args:
+        source (`str`): Its Hub id, or a folder in this format.
+        split (`str`, *optional*): By default "V1".
+
+    Returns:
+        [`Examples`]: In the groups "random", "change object" and so on, by the configurations' names; "all" if there
+        is one only.
+
+    Raises:
+        ValueError: If it cannot be opened, or if a column is missing; on reading an example, if its prompts, image or
+            mask cannot be used.
+    """
+    rows: list[tuple[str, datasets.Dataset, int]] = []
+    content, roots = hashlib.sha256(), set_roots(source)
+    names = datasets.get_dataset_config_names(source)
+    for name in names:
+        opened = open_set(source, split or "V1", name=name)
+        if missing := [column for column in PIE_BENCH_PLUS if column not in opened.features]:
+            raise ValueError(f"{source}, {name}: column `{missing[0]}` is missing; there are {list(opened.features)}.")
+        opened = opened.cast_column("image", PairImage(roots, decode=False))
+        group = re.sub(r"^\d+_|_\d+$", "", name).replace("_", " ") if len(names) > 1 else "all"
+        rows += [(group, opened, number) for number in range(len(opened))]
+        for row in opened:
+            content.update(hashlib.sha256(repr(row).encode()).digest())
+    if not rows:
+        raise ValueError(f"{source} has no rows.")
+    keys = [f"{group.replace(' ', '-')}-{number:04}" for number, (group, _, _) in enumerate(rows)]
+
+    def read(number: int) -> Example:
+        group, opened, place = rows[number]
+        row, where = opened[place], f"{source}, {keys[number]}"
+        caption, prompt = (_without_brackets(row[name] or "").strip() for name in ("source_prompt", "target_prompt"))
+        if not caption or not prompt:
+            raise ValueError(f"{where}: a prompt is empty.")
+        try:
+            image = open_image(read_file(row["image"], roots)).convert("RGB")
+            mask = Image.fromarray(decode_runs(row["mask"]).astype(np.uint8) * 255)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        _check_mask(mask, image, where)
+        blended = _blended_words(row.get("blended_words"))
+        old, new = difference_term(caption, prompt) or blended[0], difference_term(prompt, caption) or blended[1]
+        return Example(
+            key=keys[number],
+            group=group,
+            image=image,
+            mask=mask,
+            source_caption=caption,
+            edit_prompt=prompt,
+            source_term=old,
+            target_term=new,
+            instruction=edit_instruction(old, new) if old and new else prompt,
+        )
+
+    return Examples(keys, read, content.hexdigest())
 
 
 MINI_SPLITS = {"test": (140_000, 160), "choose": (150_000, 64)}

@@ -265,6 +265,7 @@ def evaluate(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 8,
+    caption_model: str | None = None,
 ) -> dict:
     """Evaluates methods on a set of examples (Sec. 4), and writes `results.json`, `results.md` and `index.html`.
 
@@ -273,7 +274,7 @@ def evaluate(
     be added to a finished evaluation; whatever else changes needs another folder.
 
     Args:
-        data (`str`): `mini`, `pie-bench:DIR`, or a set of pairs: see
+        data (`str`): `mini`, `pie-bench:DIR`, or a set of pairs or of edits: see
             [`~diffusers_iedit.evaluation.data.load_examples`].
         methods (`list[str]`): Variants, as for [`~diffusers_iedit.evaluation.methods.parse_variant`]. Differences are
             taken from the first.
@@ -290,6 +291,7 @@ def evaluate(
         seed (`int`): Of the noise: an example's is `seed` plus its place in the set.
         dtype (`torch.dtype`): Of the models that edit.
         batch_size (`int`): How many pictures are edited together; what a stop can lose.
+        caption_model (`str`, *optional*): What writes the captions of a set that has none.
 
     Returns:
         `dict`: What `results.json` holds. An edit that failed has the one entry `error`.
@@ -300,7 +302,7 @@ def evaluate(
     """
     engine = LocalEngine()
     device = engine.state.device
-    examples = load_examples(data, split)
+    examples = load_examples(data, split, caption_model)
     variants = [parse_variant(name, settings) for name in dict.fromkeys(methods)]
     models = Models(device, dtype)
     curves = [

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .edit_prompts import Edit, EditOptions, make_edit
     from .schema import FEATURES, load_pairs, validate
 
-if missing := [name for name in ("datasets", "faiss", "nltk") if find_spec(name) is None]:
+if missing := [name for name in ("datasets", "faiss", "nltk", "scipy") if find_spec(name) is None]:
     raise ImportError(f'diffusers_iedit.pairs needs {", ".join(missing)}: pip install "diffusers-iedit[data]"')
 
 _MODULES = {

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Features
 from transformers import CLIPTokenizer
 
 from ..resuming import replacing
@@ -24,7 +25,8 @@ from .edit_prompts import EditOptions, EditPrompts
 from .embed import EmbedImages, EmbedOptions, EmbedPrompts
 from .mask import MaskOptions, SegmentTerms, mask_iou, unfit_mask
 from .models import ModelStage, load
-from .read import SCHEMA, ReadOptions, read_rows
+from .options import ReadPairsOptions, SegmentOptions, SimilarityOptions
+from .read import ReadOptions
 from .retrieve import Retrieve, RetrieveOptions
 from .schema import FEATURES, same_tokens
 from .shards import Marker, read_marker, read_table, write_array, write_marker, write_table
@@ -53,6 +55,19 @@ class Options:
     def pool(self) -> str:
         """The collection that the targets come from."""
         return "source" if self.read.pool is None else "pool"
+
+
+@dataclass
+class ImportOptions:
+    """Everything that the pairs of an import depend on, by stage."""
+
+    read: ReadPairsOptions
+    caption: CaptionOptions = field(default_factory=CaptionOptions)
+    embed: SimilarityOptions = field(default_factory=SimilarityOptions)
+    mask: SegmentOptions = field(default_factory=SegmentOptions)
+
+
+AnyOptions = TypeVar("AnyOptions", Options, ImportOptions)
 
 
 class Collection:
@@ -105,11 +120,11 @@ class Collection:
 
 
 @dataclass
-class Job:
+class Job(Generic[AnyOptions]):
     """A stage on one shard. Built twice, a shard comes out the same."""
 
     work: Path
-    options: Options
+    options: AnyOptions
     batch_size: int
 
     # Whether a GPU makes it faster.
@@ -143,10 +158,6 @@ class Job:
     @cached_property
     def source(self) -> Collection:
         return Collection(self.work, "source")
-
-    @cached_property
-    def pool(self) -> Collection:
-        return self.source if self.options.pool == "source" else Collection(self.work, "pool")
 
     def table(self, stage: str, shard: str) -> pa.Table:
         """What an earlier stage made of the shard."""
@@ -184,7 +195,7 @@ class Job:
 
 
 @dataclass
-class ReadJob(Job):
+class ReadJob(Job[AnyOptions]):
     """Stage 1 on one file of a collection, a part, which becomes several shards."""
 
     collection: str
@@ -199,11 +210,14 @@ class ReadJob(Job):
         return whole is not None and all(read_marker(folder / f"{name}.arrow") for name in whole.shards)
 
     @cached_property
+    def rows_of(self):
+        return self.options.read.collections()[self.collection]
+
+    @cached_property
     def stream(self):
-        return self.options.read.collections()[self.collection].open()
+        return self.rows_of.open()
 
     def build(self, shard: str, file: Path) -> Generator[int, None, Marker]:
-        collection = self.options.read.collections()[self.collection]
         whole = Marker(rows_in=0, rows_out=0)
 
         # What an earlier run finished of this part is skipped.
@@ -216,7 +230,7 @@ class ReadJob(Job):
 
         rows: list[dict] = []
         dropped: Counter[str] = Counter()
-        for row in read_rows(stream, collection, self.options.read, dropped):
+        for row in self.rows_of.rows(stream, self.options.read, dropped):
             rows.append(row)
             if len(rows) == self.options.read.shard_size:
                 yield self._write(shard, whole, rows, dropped)
@@ -239,14 +253,22 @@ class ReadJob(Job):
 
     def _write(self, shard: str, whole: Marker, rows: list[dict], dropped: Counter) -> int:
         file = self._shard_file(shard, whole)
-        write_table(file, pa.Table.from_pylist(rows, schema=SCHEMA))
+        write_table(file, pa.Table.from_pylist(rows, schema=self.rows_of.schema))
         marker = Marker(rows_in=len(rows) + dropped.total(), rows_out=len(rows), dropped=dict(dropped))
         write_marker(file, marker)
         return self._count(whole, file, marker)
 
 
+class BuildJob(Job[Options]):
+    """A stage of a build, whose targets come from a pool."""
+
+    @cached_property
+    def pool(self) -> Collection:
+        return self.source if self.options.pool == "source" else Collection(self.work, "pool")
+
+
 @dataclass
-class CaptionJob(Job):
+class CaptionJob(Job[AnyOptions]):
     """Stage 2 on one shard of the source."""
 
     has_model = True
@@ -258,21 +280,26 @@ class CaptionJob(Job):
     def stage(self) -> CaptionImages:
         return CaptionImages(self.options.caption)
 
+    def captions(self, images: list[bytes]) -> Iterator[list[str]]:
+        """BLIP's captions, batch by batch."""
+        for output in self.predict(self.stage, self.batches(image=images)):
+            yield output["caption"]
+
     def build(self, shard: str, file: Path) -> Generator[int, None, Marker]:
         if self.options.read.caption_column is not None:
             captions = [caption or "" for caption in self.source.column(shard, "caption")]
             yield len(captions)
         else:
             captions = []
-            for output in self.predict(self.stage, self.batches(image=self.source.column(shard, "image"))):
-                captions += output["caption"]
-                yield len(output["caption"])
+            for batch in self.captions(self.source.column(shard, "image")):
+                captions += batch
+                yield len(batch)
         write_table(file, pa.table({"caption": pa.array(captions, pa.string())}))
         return Marker(len(captions), len(captions))
 
 
 @dataclass
-class EditJob(Job):
+class EditJob(BuildJob):
     """Stage 3 on one shard of the source. Its rows name the caption they come from by `row`."""
 
     def output(self, shard: str) -> Path:
@@ -296,7 +323,7 @@ class EditJob(Job):
 
 
 @dataclass
-class EmbedJob(Job):
+class EmbedJob(BuildJob):
     """Stage 4 on one shard of what is to be embedded."""
 
     has_model = True
@@ -355,7 +382,7 @@ class EmbedPromptsJob(EmbedJob):
 
 
 @dataclass
-class RetrieveJob(Job):
+class RetrieveJob(BuildJob):
     """Stage 5 on one shard of the source: the nearest images of the pool for each row of the edit stage."""
 
     index_file: Path | None
@@ -413,8 +440,8 @@ class RetrieveJob(Job):
 
 
 @dataclass
-class MaskJob(Job):
-    """Stage 6 on one shard of the source: a row for each candidate that passes, the best of a source first."""
+class SegmentJob(Job[AnyOptions]):
+    """Stage 6 on one shard of the source."""
 
     has_model = True
 
@@ -434,6 +461,11 @@ class MaskJob(Job):
         outputs = list(self.predict(self.stage, batches))
         masks, grids = ([value for output in outputs for value in output[name]] for name in ("mask", "grid"))
         return masks, grids
+
+
+@dataclass
+class MaskJob(SegmentJob[Options], BuildJob):
+    """Stage 6 of a build: a row for each candidate that passes, the best of a source first."""
 
     def build(self, shard: str, file: Path) -> Generator[int, None, Marker]:
         options = self.options.mask
@@ -506,16 +538,21 @@ class MaskJob(Job):
 
 
 @dataclass
-class WriteJob(Job):
-    """Stage 7 on a group of shards of the source, which become one parquet file."""
+class WriteSetJob(Job[AnyOptions]):
+    """The last stage on a group of shards of the source, which become one parquet file."""
 
     groups: dict[str, list[str]]
 
     def output(self, shard: str) -> Path:
         return self.work / "write" / f"train-{shard}-of-{len(self.groups):05}.parquet"
 
+    @property
+    def features(self) -> Features:
+        """The columns of the set."""
+        return FEATURES
+
     def build(self, shard: str, file: Path) -> Generator[int, None, Marker]:
-        rows, schema = 0, FEATURES.arrow_schema
+        rows, schema = 0, self.features.arrow_schema
         pairs = (pair for source_shard in self.groups[shard] for pair in self.pairs(source_shard))
         with replacing(file) as partial, pq.ParquetWriter(partial, schema) as out:
             while some := list(islice(pairs, ROWS_PER_GROUP)):
@@ -523,6 +560,15 @@ class WriteJob(Job):
                 rows += len(some)
                 yield len(some)
         return Marker(rows, rows)
+
+    def pairs(self, shard: str) -> Iterator[dict]:
+        """The finished rows of a shard of the source."""
+        raise NotImplementedError
+
+
+@dataclass
+class WriteJob(WriteSetJob[Options], BuildJob):
+    """Stage 7 of a build."""
 
     def pairs(self, shard: str) -> Iterator[dict]:
         edits, images = self.table("edit", shard).to_pylist(), self.source.column(shard, "image")

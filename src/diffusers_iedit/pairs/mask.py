@@ -12,7 +12,8 @@ from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
 from ..masking_iedit import clean_term
 from .models import ModelStage, decode, load, place
-from .options import MaskOptions
+from .options import MaskOptions as MaskOptions
+from .options import SegmentOptions
 
 
 GRID = 64
@@ -23,10 +24,10 @@ class SegmentTerms(ModelStage):
     """Images and the term that each is searched for in, masks out.
 
     Args:
-        options (`MaskOptions`): The model and its threshold.
+        options (`SegmentOptions`): The model and its threshold.
     """
 
-    def __init__(self, options: MaskOptions):
+    def __init__(self, options: SegmentOptions):
         self.threshold = options.mask_threshold
         self.processor = load(CLIPSegProcessor, options.mask_model, "mask_model")
         self.model = place(load(CLIPSegForImageSegmentation, options.mask_model, "mask_model"))
@@ -68,7 +69,7 @@ def mask_iou(mask: np.ndarray, other: np.ndarray) -> float:
     return float((mask & other).sum() / max((mask | other).sum(), 1))
 
 
-def unfit_mask(grid: np.ndarray, options: MaskOptions) -> str | None:
+def unfit_mask(grid: np.ndarray, options: SegmentOptions) -> str | None:
     """Why a mask rules out its pair: "empty", "full" or None."""
     area = grid.mean()
     if area < options.min_mask_area or not grid.any():

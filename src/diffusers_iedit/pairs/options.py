@@ -5,12 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .columns import SETS
+
 
 if TYPE_CHECKING:
     from .read import Collection
+    from .sets import PairCollection
 
 
 STAGES = ("read", "caption", "edit", "embed", "retrieve", "mask", "write")
+"""The stages of a build."""
+
+IMPORT_STAGES = ("read", "caption", "edit", "embed", "mask", "write")
+"""The stages of an import: the targets are there."""
+
+
+def _check_sizes(options: ReadOptions | ReadPairsOptions) -> None:
+    for name in ("min_size", "max_size", "shard_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"`{name}` has to be at least 1, but is {getattr(options, name)}.")
+    if options.max_size < options.min_size:
+        raise ValueError(f"`max_size` ({options.max_size}) has to be at least `min_size` ({options.min_size}).")
 
 
 @dataclass
@@ -47,11 +62,7 @@ class ReadOptions:
     shard_size: int = field(default=1000, metadata={"help": "images a shard: what a stopped build may have to repeat"})
 
     def __post_init__(self):
-        for name in ("min_size", "max_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` has to be at least 1, but is {getattr(self, name)}.")
-        if self.max_size < self.min_size:
-            raise ValueError(f"`max_size` ({self.max_size}) has to be at least `min_size` ({self.min_size}).")
+        _check_sizes(self)
 
     def collections(self) -> dict[str, Collection]:
         """The source, and the pool if it is another collection."""
@@ -193,7 +204,7 @@ class RetrieveOptions:
 
 
 @dataclass
-class MaskOptions:
+class SegmentOptions:
     """Stage 6, mask: where a pair differs, and which pairs are kept."""
 
     mask_model: str = field(default="CIDAS/clipseg-rd64-refined", metadata={"help": "CLIPSeg: Hub id, folder or mini"})
@@ -203,10 +214,6 @@ class MaskOptions:
     )
     max_mask_area: float = field(
         default=0.9, metadata={"help": "drop pairs with a mask above this share of its image: nothing is left to keep"}
-    )
-    rerank_by_mask: bool = field(
-        default=False,
-        metadata={"help": "of the nearest neighbours take the one whose mask overlaps the source's best"},
     )
     min_mask_iou: float = field(
         default=0.0,
@@ -223,3 +230,80 @@ class MaskOptions:
             )
         if not 0 <= self.min_mask_iou <= 1:
             raise ValueError(f"`min_mask_iou` has to lie in [0, 1], but is {self.min_mask_iou}.")
+
+
+@dataclass
+class MaskOptions(SegmentOptions):
+    """Stage 6, mask, of a build, which has several targets to choose from."""
+
+    rerank_by_mask: bool = field(
+        default=False,
+        metadata={"help": "of the nearest neighbours take the one whose mask overlaps the source's best"},
+    )
+
+
+@dataclass
+class ReadPairsOptions:
+    """Stage 1, read, of an import: which set, what its columns hold, and which pictures are fit to use."""
+
+    source: str = field(metadata={"help": "the set: Hub id, folder, or parquet, arrow or tar file"})
+    source_split: str | None = field(
+        default=None, metadata={"help": "split of the set; by default train, or the only one that there is"}
+    )
+    source_files: list[str] | None = field(
+        default=None, metadata={"help": "only these files of the set, as patterns: data/train-000*"}
+    )
+    source_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub id"})
+    format: str | None = field(
+        default=None,
+        metadata={"choices": list(SETS), "help": "whose columns these are; by default that is seen by their names"},
+    )
+    source_column: str | None = field(default=None, metadata={"help": "column of the pictures before the edit"})
+    target_column: str | None = field(default=None, metadata={"help": "column of the pictures after the edit"})
+    prompt_column: str | None = field(
+        default=None,
+        metadata={"help": "column of captions of the pictures after the edit; by default BLIP writes them"},
+    )
+    instruction_column: str | None = field(
+        default=None, metadata={"help": "column of the edits as commands (make it blue), which describe no picture"}
+    )
+    caption_column: str | None = field(
+        default=None,
+        metadata={"help": "column of captions of the pictures before the edit; by default BLIP writes them"},
+    )
+    mask_column: str | None = field(
+        default=None, metadata={"help": "column of the masks; by default they are what differs between the pictures"}
+    )
+    mask_convention: str | None = field(
+        default=None,
+        metadata={
+            "choices": ["white", "black", "transparent", "painted"],
+            "help": "what marks the edit in these masks; by default white, or what the format says",
+        },
+    )
+    min_size: int = field(default=64, metadata={"help": "leave out pictures whose shorter side has fewer pixels"})
+    max_size: int = field(
+        default=768,
+        metadata={"help": "scale pictures down whose shorter side has more pixels; 384 is what iEdit trains at"},
+    )
+    shard_size: int = field(default=500, metadata={"help": "pairs a shard: what a stopped import may have to repeat"})
+
+    def __post_init__(self):
+        _check_sizes(self)
+
+    def collections(self) -> dict[str, PairCollection]:
+        """The set."""
+        # With all that reads images, which `--help` is not to wait for.
+        from .sets import PairCollection
+
+        return {"source": PairCollection(self)}
+
+
+@dataclass
+class SimilarityOptions(EmbedOptions):
+    """Stage 4, embed, of an import: how well picture and prompt tell where each edit leads."""
+
+    similarity: bool = field(
+        default=True,
+        metadata={"help": "embed the pairs for the column similarity; without it, CLIP only counts the tokens"},
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 import tarfile
@@ -15,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import fsspec
@@ -44,69 +46,36 @@ class Collection:
     caption_column: str | None
     argument: str
 
+    # What `rows` gives.
+    schema: ClassVar[pa.Schema] = SCHEMA
+
     def open(self) -> datasets.IterableDataset:
         """A stream of its rows, images as encoded bytes.
 
         Raises:
             ValueError: If there is no such collection, split or column.
         """
-        path, files = self.path, self.files
-        if os.path.isfile(path):
-            if Path(path).suffix not in FILE_TYPES:
-                raise ValueError(f"`{self.argument}` has to end in {', '.join(FILE_TYPES)} if it is a file: {path}")
-            if files is not None:
-                raise ValueError(f"`{self.argument}_files` chooses among several files, but {path} is one.")
-            path, files = FILE_TYPES[Path(path).suffix], [path]
-        try:
-            builder = datasets.load_dataset_builder(path, data_files=files, revision=self.revision)
-            splits = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
-            if self.split not in splits:
-                raise ValueError(f"`{self.argument}_split` {self.split!r} is none of its splits: {', '.join(splits)}.")
-            check_tables(splits[self.split], skip_damaged=True)
-            tars = splits[self.split] if all(name.endswith(".tar") for name in splits[self.split]) else []
-            stream = None if tars else builder.as_streaming_dataset(self.split)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"`{self.argument}` {self.path!r} cannot be opened: {error}") from error
+        stream, tars = open_stream(self.path, self.split, self.files, self.revision, self.argument)
+        columns = [self.image_column] + ([] if self.caption_column is None else [self.caption_column])
         if stream is None:
-            return self._open_tars(tars)
-        if stream.features is None:
-            raise ValueError(f"`{self.argument}` {self.path!r} declares no types of its columns: make parquet of it.")
+            self._check_columns(tar_columns(tars))
+            return stream_tars(tars, [self.image_column], columns[1:])
         self._check_columns(list(stream.features))
-        if not _holds_images(stream.features[self.image_column]):
+        if not holds_images(stream.features[self.image_column]):
             raise ValueError(
                 f"`{self._image_argument}` {self.image_column!r} has to hold images, but holds"
                 f" {stream.features[self.image_column]}."
             )
-        columns = [self.image_column]
-        if self.caption_column is not None:
-            columns.append(self.caption_column)
-            if not _has_type(stream.features[self.caption_column], "string", "large_string"):
-                raise ValueError(
-                    f"`caption_column` {self.caption_column!r} has to hold text, but holds"
-                    f" {stream.features[self.caption_column]}."
-                )
-        # Of image files of the Hub, threads would decode pictures before they get here, in any format.
-        return (
-            stream.decode(False).select_columns(columns).cast_column(self.image_column, datasets.Image(decode=False))
-        )
+        if self.caption_column is not None and not holds_text(stream.features[self.caption_column]):
+            raise ValueError(
+                f"`caption_column` {self.caption_column!r} has to hold text, but holds"
+                f" {stream.features[self.caption_column]}."
+            )
+        return encoded_columns(stream, columns, [self.image_column])
 
-    def _open_tars(self, files: list[str]) -> datasets.IterableDataset:
-        columns: set[str] = set()
-        for file in files:
-            # A damaged tar is counted when it is read. Here the first one that is not says what there is.
-            with suppress(tarfile.TarError):
-                for sample in islice(_tar_samples(file), 32):
-                    columns |= sample.keys()
-            if columns:
-                break
-        self._check_columns(sorted(columns))
-        features = {self.image_column: datasets.Image(decode=False)}
-        if self.caption_column is not None:
-            features[self.caption_column] = datasets.Value("string")
-        arguments = {"files": files, "image_column": self.image_column, "caption_column": self.caption_column}
-        return datasets.IterableDataset.from_generator(
-            _tar_rows, features=datasets.Features(features), gen_kwargs=arguments
-        )
+    def rows(self, stream: datasets.IterableDataset, options: ReadOptions, dropped: Counter) -> Iterator[dict]:
+        """As `read_rows`."""
+        return read_rows(stream, self, options, dropped)
 
     @property
     def _image_argument(self) -> str:
@@ -121,16 +90,111 @@ class Collection:
                 )
 
 
+def open_stream(
+    path: str, split: str | None, files: list[str] | None, revision: str | None, argument: str
+) -> tuple[datasets.IterableDataset | None, list[str]]:
+    """Opens a split of a collection, wherever it is and in whatever format `datasets` reads.
+
+    Args:
+        path (`str`): A Hub id, a folder (also one of `Dataset.save_to_disk`), or a Parquet, Arrow or tar file.
+        split (`str`, *optional*): By default "train", or the only one that there is.
+        files (`list[str]`, *optional*): Only these files, as patterns.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        argument (`str`): What the option is called that named the collection, for messages.
+
+    Returns:
+        `tuple[IterableDataset | None, list[str]]`: A stream whose features are known, or None and the tar files.
+
+    Raises:
+        ValueError: If there is no such collection or split, or if it declares no types.
+    """
+    named = path
+    if os.path.isfile(path):
+        if Path(path).suffix not in FILE_TYPES:
+            raise ValueError(f"`{argument}` has to end in {', '.join(FILE_TYPES)} if it is a file: {path}")
+        if files is not None:
+            raise ValueError(f"`{argument}_files` chooses among several files, but {path} is one.")
+        path, files = FILE_TYPES[Path(path).suffix], [path]
+    saved: str | list[str] | dict[str, str] | None = files
+    if files is None and (found := _saved_to_disk(Path(path))):
+        # By itself, `datasets` takes its JSON files for the data.
+        path, saved = "arrow", found
+    try:
+        builder = datasets.load_dataset_builder(path, data_files=saved, revision=revision)
+        splits = {str(name): list(names) for name, names in (builder.config.data_files or {}).items()}
+        if split is None:
+            split = next(iter(splits)) if len(splits) == 1 else "train"
+        if split not in splits:
+            raise ValueError(f"`{argument}_split` {split!r} is none of its splits: {', '.join(splits)}.")
+        check_tables(splits[split], skip_damaged=True)
+        tars = splits[split] if all(name.endswith(".tar") for name in splits[split]) else []
+        stream = None if tars else builder.as_streaming_dataset(split)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{argument}` {named!r} cannot be opened: {error}") from error
+    if stream is not None and stream.features is None:
+        raise ValueError(f"`{argument}` {named!r} declares no types of its columns: make parquet of it.")
+    return stream, tars
+
+
+def _saved_to_disk(folder: Path) -> dict[str, str] | None:
+    """The files, by split, of a folder that `save_to_disk` of `datasets` wrote."""
+    if (folder / "state.json").is_file():
+        return {"train": str(folder / "data-*.arrow")}
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        return {name: str(folder / name / "data-*.arrow") for name in splits}
+    return None
+
+
+def encoded_columns(
+    stream: datasets.IterableDataset, columns: list[str], images: list[str]
+) -> datasets.IterableDataset:
+    """Only these columns of a stream, with those of images as they are stored."""
+    # Of image files of the Hub, threads would decode pictures before they get here, in any format.
+    stream = stream.decode(False).select_columns(columns)
+    for name in images:
+        stream = stream.cast_column(name, datasets.Image(decode=False))
+    return stream
+
+
+def tar_columns(files: list[str]) -> list[str]:
+    """The columns of webdataset tars."""
+    columns: set[str] = set()
+    for file in files:
+        # A damaged tar is counted when it is read. Here the first one that is not says what there is.
+        with suppress(tarfile.TarError):
+            for sample in islice(_tar_samples(file), 32):
+                columns |= sample.keys()
+        if columns:
+            break
+    return sorted(columns)
+
+
+def stream_tars(files: list[str], images: list[str], texts: list[str]) -> datasets.IterableDataset:
+    """A stream of the samples of webdataset tars: images as they are stored, and texts."""
+    features = {name: datasets.Image(decode=False) for name in images}
+    features |= {name: datasets.Value("string") for name in texts}
+    # The files are shared among workers, as they are a list; the columns are not.
+    arguments = {"files": files, "images": tuple(images), "texts": tuple(texts)}
+    return datasets.IterableDataset.from_generator(
+        _tar_rows, features=datasets.Features(features), gen_kwargs=arguments
+    )
+
+
 def _has_type(feature, *types: str) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in types
 
 
-def _holds_images(feature) -> bool:
+def holds_text(feature) -> bool:
+    """Whether a column of `datasets` has strings."""
+    return _has_type(feature, "string", "large_string")
+
+
+def holds_images(feature) -> bool:
+    """Whether a column of `datasets` can have images: encoded, or the paths of files."""
     if isinstance(feature, dict):
         return not feature.keys().isdisjoint(("bytes", "path"))
-    return isinstance(feature, datasets.Image) or _has_type(
-        feature, "binary", "large_binary", "string", "large_string"
-    )
+    return isinstance(feature, datasets.Image) or holds_text(feature) or _has_type(feature, "binary", "large_binary")
 
 
 def _tar_samples(file: str) -> Iterator[dict[str, bytes]]:
@@ -169,14 +233,12 @@ def _tar_samples(file: str) -> Iterator[dict[str, bytes]]:
         raise tarfile.ReadError(f"{file}: {error}") from error
 
 
-def _tar_rows(files: list[str], image_column: str, caption_column: str | None) -> Iterator[dict]:
+def _tar_rows(files: list[str], images: tuple[str, ...], texts: tuple[str, ...]) -> Iterator[dict]:
     for file in files:
         for sample in _tar_samples(file):
-            row: dict[str, dict[str, bytes | None] | str | None] = {image_column: None}
-            if image_column in sample:
-                row[image_column] = {"bytes": sample[image_column], "path": None}
-            if caption_column is not None:
-                row[caption_column] = sample.get(caption_column, b"").decode(errors="replace")
+            row: dict[str, dict[str, bytes | None] | str | None] = dict.fromkeys(images)
+            row |= {name: {"bytes": sample[name], "path": None} for name in images if name in sample}
+            row |= {name: sample.get(name, b"").decode(errors="replace") for name in texts}
             yield row
 
 
@@ -272,11 +334,9 @@ def _is_damage(error: Exception) -> bool:
     return bare or isinstance(error, (tarfile.TarError, pa.ArrowInvalid, UnicodeDecodeError))
 
 
-def read_rows(
-    stream: datasets.IterableDataset, collection: Collection, options: ReadOptions, dropped: Counter
-) -> Iterator[dict]:
-    """The rows of a stream that are fit, with the columns of SCHEMA; the others are counted in `dropped`."""
-    rows, roots = iter(stream), set_roots(collection.path)
+def undamaged_rows(stream: datasets.IterableDataset, path: str, dropped: Counter) -> Iterator[dict]:
+    """The rows of a stream up to where its file is damaged, which is counted."""
+    rows = iter(stream)
     while True:
         try:
             row = next(rows)
@@ -286,23 +346,39 @@ def read_rows(
             if not _is_damage(error):
                 raise
             # No iterator goes on after an error: what is left of this file is lost with it.
-            warnings.warn(f"The rest of a damaged file in {collection.path} is left out: {error}", stacklevel=2)
+            warnings.warn(f"The rest of a damaged file in {path} is left out: {error}", stacklevel=2)
             dropped["damaged_file"] += 1
             return
+        yield row
+
+
+def read_image(file: dict | None, roots: tuple[str, ...], where: str) -> bytes | None:
+    """The bytes of a stored image; None if it is not there.
+
+    Raises:
+        FileNotFoundError: If it is on the Hub, which may only be out of reach: that has to stop the build.
+        ValueError: If it is not part of the collection; the message begins with `where`.
+    """
+    if not file or not (file["bytes"] or file["path"]):
+        return None
+    try:
+        return read_file(file, roots)
+    except FileNotFoundError:
+        if "://" in file["path"]:
+            raise
+        return None
+    except ValueError as error:
+        raise ValueError(f"{where}: a row cannot be read: {error}.") from error
+
+
+def read_rows(
+    stream: datasets.IterableDataset, collection: Collection, options: ReadOptions, dropped: Counter
+) -> Iterator[dict]:
+    """The rows of a stream that are fit, with the columns of SCHEMA; the others are counted in `dropped`."""
+    roots = set_roots(collection.path)
+    for row in undamaged_rows(stream, collection.path, dropped):
         caption = row[collection.caption_column] if collection.caption_column else None
-        file = row[collection.image_column]
-        encoded = None
-        # A local file that is not there is missing. One of the Hub may be out of reach: that has to stop the build.
-        if file and (file["bytes"] or file["path"]):
-            try:
-                encoded = read_file(file, roots)
-            except FileNotFoundError:
-                if "://" in file["path"]:
-                    raise
-            except ValueError as error:
-                raise ValueError(
-                    f"`{collection.argument}` {collection.path!r}: a row cannot be read: {error}."
-                ) from error
+        encoded = read_image(row[collection.image_column], roots, f"`{collection.argument}` {collection.path!r}")
         try:
             image, pixels = fit_image(encoded, options.min_size, options.max_size)
         except UnfitImageError as reason:

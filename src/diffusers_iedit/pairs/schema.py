@@ -40,6 +40,12 @@ FEATURES = Features(
 )
 """The columns of a set of pairs (symbols as in the paper)."""
 
+OPTIONAL = ("similarity",)
+"""Those that a set may lack: nothing is trained or measured by them."""
+
+INSTRUCTION = "instruction"
+"""A column that imported sets have besides: the edit as a command ("make it blue"), which describes no picture."""
+
 _TEXTS = ("source_caption", "edit_prompt", "source_term", "target_term")
 
 _IMAGES_AND_MASKS = (("source_image", "source_mask"), ("target_image", "target_mask"))
@@ -51,7 +57,7 @@ def _column_faults(features: Features | None, where: str) -> list[str]:
     if features is None:
         return [f"{where}: the columns are not known; a data set with a schema (parquet, arrow, a Hub id) is needed."]
     faults = []
-    if missing := [f"`{name}`" for name in FEATURES if name not in features]:
+    if missing := [f"`{name}`" for name in FEATURES if name not in (*features, *OPTIONAL)]:
         columns = f"column {missing[0]} is" if len(missing) == 1 else f"columns {', '.join(missing)} are"
         faults.append(f"{where}: {columns} missing; there are {', '.join(features)}.")
     for name, expected in FEATURES.items():
@@ -183,7 +189,7 @@ def _faults(
         yield from column_faults
         return
     # Images are decoded one by one, so that one that cannot be is a fault of its row instead of the end.
-    encoded = with_encoded_images(pairs.select_columns(list(FEATURES)))
+    encoded = with_encoded_images(_known_columns(pairs))
     number = -1
     try:
         for number, row in enumerate(encoded if rows is None else encoded.take(rows)):
@@ -193,6 +199,10 @@ def _faults(
         return
     if number < 0:
         yield f"{where}: there are no rows."
+
+
+def _known_columns(pairs: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    return pairs.select_columns([name for name in FEATURES if name in pairs.features])
 
 
 # What `datasets` and pyarrow raise of files that are damaged, empty or of another kind than the first.
@@ -227,16 +237,20 @@ def _paths_elsewhere(pairs: Dataset, where: str) -> Iterator[str]:
 
 
 def open_set(
-    source: str | os.PathLike, split: str, streaming: bool = False, revision: str | None = None
+    source: str | os.PathLike,
+    split: str,
+    streaming: bool = False,
+    revision: str | None = None,
+    name: str | None = None,
 ) -> Dataset | IterableDataset:
-    """Opens a set of any columns; its images are read as `load_pairs` says.
+    """Opens a set of any columns, of its configurations the one of this name; images are read as `load_pairs` says.
 
     Raises:
         ValueError: If it cannot be opened.
     """
     path, files, options = os.fspath(source), None, {}
     try:
-        config = datasets.load_dataset_builder(path, revision=revision).config
+        config = datasets.load_dataset_builder(path, name, revision=revision).config
         if os.path.isdir(path):
             # By itself, `datasets` takes a folder for any other of the same name that it has read before. Told of the
             # files, it looks at these.
@@ -246,7 +260,7 @@ def open_set(
             # Streamed from the Hub, threads would decode pictures before they get here, in any format.
             options["decode_num_threads"] = 0
         pairs = datasets.load_dataset(
-            path, split=split, data_files=files, streaming=streaming, revision=revision, **options
+            path, name, split=split, data_files=files, streaming=streaming, revision=revision, **options
         )
     except _UNREADABLE as error:
         found = "" if os.path.exists(source) else ", which is no folder here,"
@@ -305,8 +319,8 @@ def load_pairs(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): As for `validate`.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: With the columns of `FEATURES`, in that order;
-        images decode to PIL.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: With the columns of `FEATURES`, in that order, without
+        those of `OPTIONAL` that the set lacks; images decode to PIL.
 
     Raises:
         ValueError: If it cannot be opened, or if it is no set of pairs, one line a fault.
@@ -317,4 +331,4 @@ def load_pairs(
         faults = list(_paths_elsewhere(pairs, str(source)))
     if faults:
         raise ValueError("This is no set of iEdit pairs:" + ("\n" if len(faults) > 1 else " ") + "\n".join(faults))
-    return pairs.select_columns(list(FEATURES))
+    return _known_columns(pairs)

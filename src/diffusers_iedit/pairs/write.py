@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import DatasetInfo, SplitDict, SplitInfo
+from datasets import DatasetInfo, Features, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -31,6 +31,7 @@ DESCRIPTIONS = {
     "source_mask": "M_1, where the source image shows the source term; 8-bit, 255 = edit",
     "target_mask": "M_2, where the target image shows the target term; 8-bit, 255 = edit",
     "similarity": "cosine of the query and the target's CLIP embedding",
+    "instruction": "the edit as a command",
 }
 
 
@@ -59,7 +60,9 @@ def picture_sheet(files: list[Path], rows: int = SHEET_ROWS) -> Image.Image:
             # Small pictures are enlarged as they are, pixel by pixel.
             resample = Image.Resampling.LANCZOS if max(image.size) > TILE else Image.Resampling.NEAREST
             sheet.paste(ImageOps.contain(image, (TILE, TILE), resample), (column * TILE, place * height))
-        terms = f"{pair['source_term']} -> {pair['target_term']}, similarity {pair['similarity']:.3f}"
+        terms = f"{pair['source_term']} -> {pair['target_term']}"
+        if "similarity" in pair:
+            terms += f", similarity {pair['similarity']:.3f}"
         for below, text in enumerate((pair["source_caption"], pair["edit_prompt"], terms)):
             draw.text((4, place * height + TILE + below * line), text, ("black", "black", "grey")[below], font)
     return sheet
@@ -75,13 +78,99 @@ def _row(file: pq.ParquetFile, row: int) -> dict:
 
 
 def dataset_card(report: dict, manifest: dict, license_note: str) -> DatasetCard:
-    """The README of a data set: what is in it, what it was made from and by, and what was left out.
+    """The README of a set that was built: what is in it, what it was made from and by, and what was left out.
 
     Args:
         report (`dict`): As in report.json.
         manifest (`dict`): As in manifest.json: the options by stage.
         license_note (`str`): Under what terms the source images may be used.
     """
+    manifest = _public(manifest)
+    read = manifest["read"]
+    captions = f"by {code(manifest['caption']['caption_model'])}"
+    if read["caption_column"] is not None:
+        captions = f"from the column {code(read['caption_column'])}"
+    return _card(
+        report,
+        manifest,
+        license_note,
+        FEATURES,
+        DESCRIPTIONS,
+        tags=["weak-supervision"],
+        what=f"""\
+{report["rows_out"]:,} pairs of a source image with a pseudo-target image, an edit prompt and the masks of what the
+edit changes: the weakly supervised training set of the paper [iEdit](https://arxiv.org/abs/2305.05947) (Sec. 3.1),
+mined from {code(read["source"])}. The targets were retrieved, not edited: they show what the prompt asks for in
+another picture.""",
+        how=f"""captions {captions}, edit prompts by
+WordNet, embeddings by {code(manifest["embed"]["clip_model"])}, masks by {code(manifest["mask"]["mask_model"])}.""",
+        limits="""\
+Captions, edits, targets and masks were made by models and nobody checked them. They carry the biases of the source
+images and of the models. The images may show people and brands, and whoever publishes them needs the right to.""",
+    )
+
+
+def imported_card(report: dict, manifest: dict, license_note: str, features: Features) -> DatasetCard:
+    """The README of a set that was imported; `features` are its columns, the rest as for `dataset_card`."""
+    manifest = _public(manifest)
+    read, columns = manifest["read"], report["columns"]
+    captioner = f"by {code(manifest['caption']['caption_model'])}"
+    captions = [
+        f"{what} {'from the column ' + code(columns[role]) if role in columns else captioner}"
+        for what, role in (("source captions", "caption"), ("edit prompts", "prompt"))
+    ]
+    origins = {
+        "set": "the set's own",
+        "difference": "what differs between the two pictures",
+        "clipseg": f"of the terms, by {code(manifest['mask']['mask_model'])}",
+    }
+    masks = "; ".join(f"{origins[name]} ({count:,})" for name, count in report["masks"].items())
+    return _card(
+        report,
+        manifest,
+        license_note,
+        features,
+        DESCRIPTIONS
+        | {
+            "target_image": "x_2, the image after the edit",
+            "source_mask": "M_1, where the edit changes the source image; 8-bit, 255 = edit",
+            "target_mask": "M_2, the same in the target image",
+        },
+        tags=[],
+        what=f"""\
+{report["rows_out"]:,} pairs of a picture before and after an edit, with captions and the masks of what the edit
+changes, in the columns of the training sets of [iEdit](https://arxiv.org/abs/2305.05947). They come from
+{code(read["source"])}.""",
+        how=f"""{", ".join(captions)}, terms from the words in which these differ. Masks: {masks}.""",
+        limits="""\
+What models and comparisons have filled in nobody has checked. The images may show people and brands, and whoever
+publishes them needs the right to.""",
+    )
+
+
+def _public(manifest: dict) -> dict:
+    """Of a local path only the name: the rest is nobody's business."""
+
+    def public(value):
+        if isinstance(value, list):
+            return [public(item) for item in value]
+        is_path = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
+        return os.path.basename(os.path.abspath(value)) if is_path else value
+
+    return {stage: {name: public(value) for name, value in options.items()} for stage, options in manifest.items()}
+
+
+def _card(
+    report: dict,
+    manifest: dict,
+    license_note: str,
+    features: Features,
+    descriptions: dict[str, str],
+    tags: list[str],
+    what: str,
+    how: str,
+    limits: str,
+) -> DatasetCard:
     rows = report["rows_out"]
     size = next(
         name
@@ -92,33 +181,20 @@ def dataset_card(report: dict, manifest: dict, license_note: str) -> DatasetCard
         pretty_name="iEdit pairs",
         task_categories=["image-to-image", "text-to-image"],
         language="en",
-        tags=["iedit", "image-editing", "diffusers", "weak-supervision"],
+        tags=["iedit", "image-editing", "diffusers", *tags],
         size_categories=size,
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
     )
     # The cache of `datasets` knows a local set by the folder's name and the card: these numbers tell it from others.
     num_bytes = sum(report["files"].values())
     info = DatasetInfo(
-        features=FEATURES,
+        features=features,
         splits=SplitDict({"train": SplitInfo("train", num_bytes, rows)}),
         download_size=num_bytes,
         dataset_size=num_bytes,
     )
     DatasetInfosDict({"default": info}).to_dataset_card_data(data)
-
-    def public(value):
-        """Of a local path only the name: the rest is nobody's business."""
-        if isinstance(value, list):
-            return [public(item) for item in value]
-        is_path = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
-        return os.path.basename(os.path.abspath(value)) if is_path else value
-
-    manifest = {stage: {name: public(value) for name, value in options.items()} for stage, options in manifest.items()}
-    read = manifest["read"]
-    captions = f"by {code(manifest['caption']['caption_model'])}"
-    if read["caption_column"] is not None:
-        captions = f"from the column {code(read['caption_column'])}"
-    columns = "\n".join(f"| `{name}` | {DESCRIPTIONS[name]} |" for name in FEATURES)
+    columns = "\n".join(f"| `{name}` | {descriptions[name]} |" for name in features)
     counts = "\n".join(
         f"| {stage} | {numbers['rows_in']:,} | {numbers['rows_out']:,} |"
         f" {', '.join(f'{reason} {count:,}' for reason, count in numbers['dropped'].items()) or '-'} |"
@@ -133,9 +209,7 @@ def dataset_card(report: dict, manifest: dict, license_note: str) -> DatasetCard
 
 # iEdit pairs
 
-{rows:,} pairs of a source image with a pseudo-target image, an edit prompt and the masks of what the edit changes: the
-weakly supervised training set of the paper [iEdit](https://arxiv.org/abs/2305.05947) (Sec. 3.1), mined from
-{code(read["source"])}. The targets were retrieved, not edited: they show what the prompt asks for in another picture.
+{what}
 
 ![pairs: source, mask, target, mask](sheet.jpg)
 
@@ -155,8 +229,7 @@ Under what terms they may be used: {escape(license_note)}
 
 ## How it was made
 
-By [diffusers-iedit](https://pypi.org/project/diffusers-iedit/): captions {captions}, edit prompts by
-WordNet, embeddings by {code(manifest["embed"]["clip_model"])}, masks by {code(manifest["mask"]["mask_model"])}.
+By [diffusers-iedit](https://pypi.org/project/diffusers-iedit/): {how}
 
 | stage | rows in | rows out | left out | seconds of work |
 |---|---|---|---|---|
@@ -170,8 +243,7 @@ All options:
 
 ## Limits
 
-Captions, edits, targets and masks were made by models and nobody checked them. They carry the biases of the source
-images and of the models. The images may show people and brands, and whoever publishes them needs the right to.
+{limits}
 """,
         ignore_metadata_errors=True,
     )
