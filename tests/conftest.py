@@ -19,6 +19,14 @@ def pytest_configure(config):
         os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def cpu_without_bfloat16(monkeypatch):
+    """What the command computes in is the same on every CPU, so that it can be compared."""
+    import torch
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working folder with a picture, `in.png`, and a mask of its middle, `mask.png`."""

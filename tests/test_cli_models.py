@@ -257,11 +257,11 @@ def test_dtype_is_that_of_all_models(folder, finding, iedit, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "dtype", "of_transformer", "expected"),
     [
-        ("cuda", None, False, torch.float16),
-        ("cuda", None, True, torch.bfloat16),
+        ("cuda", "auto", False, torch.float16),
+        ("cuda", "auto", True, torch.bfloat16),
         ("cuda", "float16", True, torch.float16),
-        ("cpu", None, True, torch.float32),
-        ("mps", None, False, torch.float32),
+        ("cpu", "auto", True, torch.float32),
+        ("mps", "auto", False, torch.float32),
         ("cpu", "bfloat16", False, torch.bfloat16),
     ],
 )

@@ -181,10 +181,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     models.add_argument(
         "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        default=None,
-        help="of the models (default: on `cuda` float16, or bfloat16 for transformers such as SD3 and Flux, which"
-        " overflow in float16; else float32)",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+        help="of the models; `auto` is float16 on `cuda`, or bfloat16 for transformers such as SD3 and Flux, which"
+        " overflow in float16; bfloat16 on a CPU that computes in it; else float32 (default: %(default)s)",
     )
     masks, settings = (_Parser(add_help=False, argument_default=argparse.SUPPRESS) for _ in range(2))
     _add_mask_settings(masks)
@@ -208,6 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="N results OUT-1 ... OUT-N, which have the seeds K ... K+N-1 (default: %(default)s)",
     )
+    _add_vae(edit)
     edit.set_defaults(run=_edit)
 
     mask = commands.add_parser(
@@ -273,6 +274,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="G",
         help="Ray: GPUs of each actor; may be a fraction (default: one if there is one)",
     )
+    _add_vae(batch)
     batch.set_defaults(run=_batch)
 
     evaluate = commands.add_parser(
@@ -372,6 +374,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="refuse larger pictures, before they are decoded (default: %(default)s)",
     )
+    _add_vae(demo)
     demo.set_defaults(run=_demo)
     return parser
 
@@ -434,6 +437,13 @@ def _add_edit_settings(parser: argparse.ArgumentParser):
         metavar="G",
         help="how closely to follow the prompt (default: 7.5)",
     )
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="a scheduler that needs few steps, fewer steps (12) and less guidance (3), where nothing else is given;"
+        " with Stable Diffusion 1.x, 2.x, XL, 3 and Kolors. Others, and models that are made for few steps or without"
+        " guidance (turbo, LCM, Flux ...), stay as they are",
+    )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to show")
     parser.add_argument(
         "--seed",
@@ -457,6 +467,17 @@ def _add_edit_settings(parser: argparse.ArgumentParser):
         metavar="PX",
         help="longer side at which the edit runs; the rest of the picture keeps its own pixels (default: the model's"
         " for the surroundings of a mask, and for a picture more than twice as large; else the picture's)",
+    )
+
+
+def _add_vae(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "--vae",
+        metavar="NAME",
+        default=None,
+        help="a Hub id or folder of an AutoencoderTiny that goes with the model: madebyollin/taesd with Stable"
+        " Diffusion, taesdxl, taesd3, taef1 with others, `mini` with the small models. It costs a fraction of the"
+        " model's own VAE, and is less exact inside the mask (default: the model's own)",
     )
 
 
@@ -558,6 +579,14 @@ def _check_model(name: str, option: str = "--model"):
         find_pipeline(name, option)
 
 
+def _check_vae(name: str | None):
+    from .loading import find
+
+    if name is not None:
+        with _model_errors():
+            find(name, "--vae", ("mini",))
+
+
 @functools.cache
 def _import_libraries():
     """Import what an edit needs, quickly and without what is no news to a user of the command."""
@@ -576,34 +605,35 @@ def _import_libraries():
     transformers.utils.logging.disable_progress_bar()
 
 
-def _choose_device(device: str | None, dtype: str | None, of_transformer: bool) -> "tuple[str, torch.dtype]":
-    """The device, that of `--device` or the best there is, and the precision, that of `--dtype` or its usual one."""
+def _choose_device(device: str | None, dtype: str, of_transformer: bool) -> "tuple[str, torch.dtype]":
+    """The device, that of `--device` or the best there is, and the precision, that of `--dtype` or the fastest."""
     import torch
 
-    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = device or next(name for name in is_there if is_there[name])
-    if not is_there[device]:
+    from .acceleration import devices, fast_dtype
+
+    device = device or devices()[0]
+    if device not in devices():
         raise UserError(f"--device {device}: PyTorch finds no such device here")
     if dtype == "float16" and device == "cpu":
         raise UserError("--dtype float16: on the CPU, PyTorch lacks operations in it; take float32 or bfloat16")
-    usual = "float32" if device != "cuda" else "bfloat16" if of_transformer else "float16"
-    return device, getattr(torch, dtype or usual)
+    return device, fast_dtype(device, of_transformer) if dtype == "auto" else getattr(torch, dtype)
 
 
 def _load_pipeline(
     name: str,
     device: str | None,
-    dtype_name: str | None,
+    dtype_name: str,
     edits: bool,
     finds_mask: bool,
     captions: bool,
     arguments: dict[str, Any],
+    vae: str | None = None,
 ) -> "IEditPipeline | LocalEditor":
     """The pipeline of `--model`, as far as the run needs it, and what it lacks to find a mask.
 
     `arguments` are those of the edit that only some pipelines take: found out before anything is loaded.
     """
-    from .loading import load_finder, load_pipeline, read_index
+    from .loading import load, load_finder, load_pipeline, read_index
 
     with _model_errors():
         index = read_index(name, "--model")
@@ -635,13 +665,20 @@ def _load_pipeline(
             left_out |= dict.fromkeys(components)
     pipe: Any
     with _model_errors():
+        if vae is not None:
+            from diffusers import AutoencoderTiny
+
+            from . import mini
+
+            left_out["vae"] = load(AutoencoderTiny, vae, "--vae", mini.tiny_vae_path(), dtype=dtype)
         if cls is IEditPipeline:
             kind = "Stable Diffusion 1.x or 2.x"
             pipe = load_pipeline(IEditPipeline, name, "--model", kind, dtype=dtype, **left_out)
         elif edits:
             from .editor import LocalEditor
 
-            pipe = LocalEditor(load_pipeline(cls, name, "--model", dtype=dtype))
+            pipe = LocalEditor(load_pipeline(cls, name, "--model", dtype=dtype, **left_out))
+            _check_channels(pipe.pipe, vae)
         else:
             pipe = IEditPipeline(**dict.fromkeys(EDITING), requires_safety_checker=False)
         for part, needed in (("mask_model", finds_mask), ("captioner", captions)):
@@ -650,8 +687,21 @@ def _load_pipeline(
                 finder = load_finder(part, name, index, "--model", dtype)  # type: ignore[arg-type]
                 for found, component in finder.items():
                     setattr(pipe, found, component)
+    from .acceleration import prepare
+
     with _pipeline_errors(pipe):
-        return pipe.to(device)
+        return prepare(pipe, device, dtype)
+
+
+def _check_channels(pipe: "DiffusionPipeline", vae: str | None):
+    """That `--vae` makes the latents of another model would show as an error of shapes. `IEditPipeline` says it."""
+    denoiser: Any = getattr(pipe, "unet", None) or pipe.transformer
+    channels = pipe.vae.config.latent_channels
+    # Transformers that take packed latents see 2 x 2 cells as one.
+    if vae is not None and denoiser.config.in_channels not in (channels, 4 * channels):
+        raise ValueError(
+            f"--vae {vae!r} makes latents of {channels} channels, and the model takes {denoiser.config.in_channels}"
+        )
 
 
 @contextlib.contextmanager
@@ -800,6 +850,7 @@ def _edit(args: argparse.Namespace) -> tuple[str, str]:
     paths = _output_paths(args.output, args.num_images, inputs)
     image, given = _read_edit(args)
     _check_model(args.model)
+    _check_vae(args.vae)
 
     notes = _read_notes(args.image, image, paths[0])
     pipe = _load_pipeline(
@@ -810,7 +861,15 @@ def _edit(args: argparse.Namespace) -> tuple[str, str]:
         finds_mask="mask_prompt" in given or "source_prompt" in given,
         captions=given.get("source_prompt") == "auto",
         arguments={name: given[name] for name in PIPELINE_ARGUMENTS if name in given},
+        vae=args.vae,
     )
+    if hasattr(args, "fast"):
+        from .acceleration import few_steps
+
+        pipe, settings = few_steps(pipe)
+        given = settings | given
+        if not settings:
+            notes.append(f"--fast changes nothing of a {type(getattr(pipe, 'pipe', pipe)).__name__}")
     with _notes():
         photo, notes[:0] = _settle(pipe, image, given, whole_frame=hasattr(args, "whole_frame"))
     first_seed = args.seed if hasattr(args, "seed") else secrets.randbelow(2**32)
@@ -850,8 +909,9 @@ class _JobEditor:
     """Edits jobs of `batch` with a model that it loads when the first come; until then it can be pickled."""
 
     model: str
+    vae: str | None
     device: str | None
-    dtype: str | None
+    dtype: str
     finds_mask: bool
     captions: bool
     arguments: dict[str, Any]
@@ -859,7 +919,7 @@ class _JobEditor:
     @functools.cached_property
     def pipe(self) -> "IEditPipeline | LocalEditor":
         pipe = _load_pipeline(
-            self.model, self.device, self.dtype, True, self.finds_mask, self.captions, self.arguments
+            self.model, self.device, self.dtype, True, self.finds_mask, self.captions, self.arguments, self.vae
         )
         denoiser: Any = getattr(pipe, "pipe", pipe)
         denoiser.set_progress_bar_config(disable=True)
@@ -870,26 +930,32 @@ class _JobEditor:
 
     def __call__(self, jobs: list[dict[str, Any]]) -> list[str | None]:
         """Edits jobs of one kind and saves the results; returns why each failed, or None."""
+        from .acceleration import few_steps
+
         errors: list[str | None] = [None] * len(jobs)
+        pipe, settings = few_steps(self.pipe) if "fast" in jobs[0] else (self.pipe, {})
         alike: dict[tuple, list[tuple[int, Photo, dict]]] = {}
         for number, job in enumerate(jobs):
             try:
                 image, given = _read_edit(argparse.Namespace(**job))
-                photo, _ = _settle(self.pipe, image, given, whole_frame="whole_frame" in job)
+                given = settings | given
+                photo, _ = _settle(pipe, image, given, whole_frame="whole_frame" in job)
             # A job may fail in any way: that is a result too, and the others go on.
             except Exception as error:
                 errors[number] = _in_one_line(error)
                 continue
-            settings = [(name, value) for name, value in given.items() if name not in ("prompt", "mask_image")]
-            alike.setdefault((photo.size, "mask_image" in given, *settings), []).append((number, photo, given))
+            shared = [(name, value) for name, value in given.items() if name not in ("prompt", "mask_image")]
+            alike.setdefault((photo.size, "mask_image" in given, *shared), []).append((number, photo, given))
         for chosen in alike.values():
             seeds = [jobs[number]["seed"] for number, *_ in chosen]
-            edited = self._edit([(photo, given) for _, photo, given in chosen], seeds)
+            edited = self._edit(pipe, [(photo, given) for _, photo, given in chosen], seeds)
             for (number, *_), result in zip(chosen, edited, strict=True):
                 errors[number] = result if isinstance(result, str) else _save_job(result, jobs[number]["output"])
         return errors
 
-    def _edit(self, edits: "list[tuple[Photo, dict]]", seeds: list[int]) -> Sequence[Image.Image | str]:
+    def _edit(
+        self, pipe: "IEditPipeline | LocalEditor", edits: "list[tuple[Photo, dict]]", seeds: list[int]
+    ) -> Sequence[Image.Image | str]:
         """The results of edits that share all settings, or why there is none."""
         import torch
 
@@ -897,14 +963,14 @@ class _JobEditor:
         own = {name: [given[name] for _, given in edits] for name in ("prompt", "mask_image") if name in given}
         photos, generators = [photo for photo, _ in edits], [torch.Generator().manual_seed(seed) for seed in seeds]
         try:
-            with _pipeline_errors(self.pipe):
-                return self.pipe(image=photos, generator=generators, **given | own).images
+            with _pipeline_errors(pipe):
+                return pipe(image=photos, generator=generators, **given | own).images
         except Exception as error:
             failure = _in_one_line(error)
         if len(edits) == 1:
             return [failure]
         # It may be the fault of one, or all may not fit the memory.
-        return [self._edit([edit], [seed])[0] for edit, seed in zip(edits, seeds, strict=True)]
+        return [self._edit(pipe, [edit], [seed])[0] for edit, seed in zip(edits, seeds, strict=True)]
 
 
 def _in_one_line(error: Exception) -> str:
@@ -959,7 +1025,8 @@ def _edit_jobs(args: argparse.Namespace) -> tuple[str, str] | None:
     from . import batch
 
     _check_model(args.model)
-    settings = ("mask", "seed", "whole_frame", *EDIT_ARGUMENTS)
+    _check_vae(args.vae)
+    settings = ("mask", "seed", "whole_frame", "fast", *EDIT_ARGUMENTS)
     defaults = {name: getattr(args, name) for name in settings if hasattr(args, name)}
     if "mask" in defaults:
         defaults["mask"] = defaults["mask"].absolute()
@@ -974,11 +1041,12 @@ def _edit_jobs(args: argparse.Namespace) -> tuple[str, str] | None:
     except (ValueError, ImportError) as error:
         raise UserError(error) from error
 
-    config = {"jobs": source.fingerprint, "model": args.model, "dtype": args.dtype}
+    config = {"jobs": source.fingerprint, "model": args.model, "dtype": args.dtype, "vae": args.vae}
     config |= {name: str(value) for name, value in defaults.items()}
     asked = [job.options for job in jobs]
     edit = _JobEditor(
         args.model,
+        args.vae,
         args.device,
         args.dtype,
         finds_mask=any(name in options for options in asked for name in WHERE),
@@ -1109,6 +1177,7 @@ def _evaluate_methods(args: argparse.Namespace) -> tuple[str, str] | None:
 def _demo(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
     _check_model(args.model)
+    _check_vae(args.vae)
     _import_libraries()
     from .demo import serve
 

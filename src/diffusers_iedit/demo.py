@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageChops
 
 from . import cli, mini
+from .acceleration import few_steps
 from .images import open_image
 from .loading import SHIPPED_PIPELINES, read_index
 from .pipeline import IEditPipeline
@@ -89,8 +90,9 @@ SETTINGS = (
     "mask-dilation",
     "mask-feather",
     "crop-padding",
-    "whole-frame",
     "processing-resolution",
+    "whole-frame",
+    "fast",
 )
 # Those of them that are never left empty, so that the command need not say what it does anyway.
 DEFAULTS = {"strength": inspect.signature(IEditPipeline.__call__).parameters["strength"].default}
@@ -350,20 +352,28 @@ class Demo:
         denoiser: Any = getattr(pipe, "pipe", pipe)
         denoiser.set_progress_bar_config(disable=True)
         self.takes = inspect.signature(type(denoiser).__call__).parameters
-        needed = {"strength": "strength", "guidance-scale": "guidance_scale", "negative-prompt": "negative_prompt"}
-        self.settings = [name for name in SETTINGS if needed.get(name, "prompt") in self.takes]
+        arguments = {"strength": "strength", "guidance-scale": "guidance_scale", "negative-prompt": "negative_prompt"}
+        self.settings = [name for name in SETTINGS if arguments.get(name, "prompt") in self.takes]
+        if not few_steps(pipe)[1]:
+            self.settings.remove("fast")
 
     @classmethod
-    def load(cls, model: str, device: str | None, dtype: str | None, max_megapixels: float = MAX_MEGAPIXELS) -> "Demo":
-        """Loads a model by the options of `iedit edit`; a captioner only if it has one of its own."""
+    def load(
+        cls,
+        model: str,
+        device: str | None = None,
+        dtype: str = "auto",
+        vae: str | None = None,
+        max_megapixels: float = MAX_MEGAPIXELS,
+    ) -> "Demo":
+        """Loads a model as `iedit edit` does; a captioner only if the model has one of its own."""
         with cli._model_errors():
             index = read_index(model, "--model")
         captions = model in SHIPPED_PIPELINES or index.get("captioner", [None])[0] is not None
-        pipe = cli._load_pipeline(model, device, dtype, edits=True, finds_mask=True, captions=captions, arguments={})
-        given = {"--model": model, "--device": device, "--dtype": dtype}
-        if model == cli.DEFAULT_MODEL:
-            del given["--model"]
-        options = [part for name, value in given.items() if value is not None for part in (name, value)]
+        pipe = cli._load_pipeline(model, device, dtype, True, True, captions, {}, vae)
+        chosen = {"--model": model, "--device": device, "--dtype": dtype, "--vae": vae}
+        usual = (None, "auto", cli.DEFAULT_MODEL)
+        options = [part for name, value in chosen.items() if value not in usual for part in (name, value)]
         return cls(pipe, model, options, max_megapixels)
 
     def open(self, file: str) -> Image.Image:
@@ -446,22 +456,25 @@ class Demo:
             raise cli.UserError("Say in the prompt what the picture shows after the edit.")
         started = time.perf_counter()
         values = values | {"seed": values.get("seed", secrets.randbelow(2**32))}
-        given = self._parse(source, values)
-        seeds = range(given["seed"], given["seed"] + num_images)
-        whole_frame = "whole_frame" in given
-        given = {name: given[name] for name in cli.EDIT_ARGUMENTS if name in given}
+        parsed = self._parse(source, values)
+        seeds = range(parsed["seed"], parsed["seed"] + num_images)
+        given = {name: parsed[name] for name in cli.EDIT_ARGUMENTS if name in parsed}
         if mask is not None:
             given["mask_image"] = mask
-        photo, notes = cli._settle(self.pipe, source.photo, given, whole_frame)
+        pipe = self.pipe
+        if "fast" in parsed:
+            pipe, few = few_steps(pipe)
+            given = few | given
+        photo, notes = cli._settle(pipe, source.photo, given, "whole_frame" in parsed)
         runs, done = num_images if hasattr(self.pipe, "pipe") else 1, 0
 
-        def callback(pipe, step, timestep, tensors):
+        def callback(denoiser, step, timestep, tensors):
             nonlocal done
             done += 1
-            pipe._interrupt = not on_step(done, runs * pipe.num_timesteps)
+            denoiser._interrupt = not on_step(done, runs * denoiser.num_timesteps)
             return tensors
 
-        output = cli._make_results(self.pipe, photo, given | {"callback_on_step_end": callback}, seeds)
+        output = cli._make_results(pipe, photo, given | {"callback_on_step_end": callback}, seeds)
         options = [part for name, value in values.items() if name != "prompt" for part in _option(name, value)]
         if num_images > 1:
             options += ["--num-images", str(num_images)]
@@ -729,6 +742,9 @@ def _controls(demo: Demo) -> dict[str, Any]:
         "mask-feather": number("Feather the mask", "In pixels; softens its edge.", precision=0),
         "crop-padding": number("Crop padding", "Context around the mask, in pixels. Empty: automatic.", precision=0),
         "processing-resolution": number("Resolution", "Longer side of the edit, in pixels.", precision=0),
+        "fast": functools.partial(
+            gr.Checkbox, value=False, label="Fast", info="A quarter of the steps, and less guidance."
+        ),
         "whole-frame": functools.partial(
             gr.Checkbox, value=False, label="Whole frame", info="Edit all of a large picture at once."
         ),
@@ -923,9 +939,10 @@ def launch(blocks: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, 
 
 
 def serve(
-    model: str,
+    model: str = cli.DEFAULT_MODEL,
     device: str | None = None,
-    dtype: str | None = None,
+    dtype: str = "auto",
+    vae: str | None = None,
     host: str = "127.0.0.1",
     port: int | None = None,
     share: bool = False,
@@ -934,7 +951,7 @@ def serve(
     """Loads a model and serves the page, until Ctrl-C or SIGTERM.
 
     Args:
-        model, device, dtype: As `iedit edit` takes them.
+        model, device, dtype, vae: As `iedit edit` takes them.
         host (`str`): The address to listen at.
         port (`int`, *optional*): By default the first free one from 7860.
         share (`bool`): Whether gradio makes a public address for it.
@@ -950,7 +967,7 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="iedit-demo-") as folder:
         # Where gradio puts what is uploaded and made.
         os.environ["GRADIO_TEMP_DIR"] = folder
-        demo = Demo.load(model, device, dtype, max_megapixels)
+        demo = Demo.load(model, device, dtype, vae, max_megapixels)
         blocks = build(demo, mini_examples() if model in SHIPPED_PIPELINES else ())
         print(f"{launch(blocks, host, port, share)}: Ctrl-C ends it", flush=True)
         stop.wait()

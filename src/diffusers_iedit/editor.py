@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, _get_task_class
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from PIL import Image, ImageChops
 from transformers import (
     BlipForConditionalGeneration,
@@ -555,7 +556,9 @@ class LocalEditor(MaskFinderMixin):
         pixels = pixels.to(self.pipe._execution_device, self.pipe.vae.dtype)
         pixels = pixels[:, :, None] if family.has_frames else pixels
         if not hasattr(self.pipe, "_encode_vae_image"):
-            return self.pipe.vae.encode(pixels).latent_dist.mode() * self.pipe.vae.config.scaling_factor
+            # Also from an `AutoencoderTiny`, which has no distribution.
+            encoded = retrieve_latents(self.pipe.vae.encode(pixels), sample_mode="argmax")
+            return encoded * self.pipe.vae.config.scaling_factor
         return self.pipe._encode_vae_image(image=pixels, generator=None)
 
     def apply(self, image: PipelineImageInput, edits: Sequence[dict[str, Any]]) -> IEditPipelineOutput:
