@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageFilter
 
 from . import cli, mini
 from .acceleration import few_steps
@@ -323,7 +323,7 @@ def _in_sentences(handler: Callable) -> Callable:
         except Exception as error:
             logger.exception("An edit failed.")
             message = f"This did not work, and it is no fault of yours: {cli._in_one_line(error)}"
-        raise gr.Error(message[:1].upper() + message[1:], title="", duration=20, print_exception=False)
+        raise gr.Error(message, title="", duration=20, print_exception=False)
 
     return told
 
@@ -351,11 +351,12 @@ class Demo:
         self.max_pixels = int(max_megapixels * 1e6)
         denoiser: Any = getattr(pipe, "pipe", pipe)
         denoiser.set_progress_bar_config(disable=True)
-        self.takes = inspect.signature(type(denoiser).__call__).parameters
+        takes = inspect.signature(type(denoiser).__call__).parameters
+        self.num_steps = takes["num_inference_steps"].default
         arguments = {"strength": "strength", "guidance-scale": "guidance_scale", "negative-prompt": "negative_prompt"}
-        self.settings = [name for name in SETTINGS if arguments.get(name, "prompt") in self.takes]
+        self.not_taken = {name for name, argument in arguments.items() if argument not in takes}
         if not few_steps(pipe)[1]:
-            self.settings.remove("fast")
+            self.not_taken.add("fast")
 
     @classmethod
     def load(
@@ -402,7 +403,13 @@ class Demo:
         return caption
 
     def values(
-        self, where: str, prompt: str, words: str, caption: str, mask_name: str, settings: Sequence[Any]
+        self,
+        where: str,
+        prompt: str | None,
+        words: str | None,
+        caption: str | None,
+        mask_name: str,
+        settings: Sequence[Any],
     ) -> dict[str, Any]:
         """What an edit is told, by the names of the command's options."""
         values = {"prompt": (prompt or "").strip()}
@@ -412,10 +419,11 @@ class Demo:
             values["source-prompt"] = (caption or "").strip() or "auto"
         elif where == BY_BRUSH:
             values["mask"] = mask_name
-        left_out = () if where in (BY_WORDS, BY_CHANGES) else OF_FOUND_MASKS
-        for name, value in zip(self.settings, settings, strict=True):
-            if value not in (None, "", False) and name not in left_out and value != DEFAULTS.get(name):
-                values[name] = int(value) if isinstance(value, float) and value.is_integer() else value
+        for name, value in zip(SETTINGS, settings, strict=True):
+            is_default = value is None or value == "" or value is False or value == DEFAULTS.get(name)
+            if is_default or (name in OF_FOUND_MASKS and where not in (BY_WORDS, BY_CHANGES)):
+                continue
+            values[name] = int(value) if isinstance(value, float) and value.is_integer() else value
         if not values["prompt"] and where != BY_WORDS:
             raise cli.UserError("Say in the prompt what the picture shows after the edit.")
         if where == BY_WORDS and not values["mask-prompt"]:
@@ -516,7 +524,7 @@ class Page:
     def open_example(self, session: Session, number: int):
         example = self.examples[number]
         session.open(self.demo.read(str(_example_file(example))))
-        settings = [gr.update(value=example.settings.get(name)) for name in self.demo.settings]
+        settings = [gr.update(value=example.settings.get(name)) for name in SETTINGS]
         return *self._picture(session), example.prompt, BY_WORDS, example.words, *settings
 
     @_in_sentences
@@ -583,7 +591,9 @@ class Page:
         painted = _painted(canvas, session.source.preview.size).resize((width, height), Image.Resampling.BILINEAR)
         mask = painted.point(lambda value: 255 * (value > 127))
         if session.found is not None:
-            mask = Image.composite(mask, session.found, self._strokes(session, canvas).resize((width, height)))
+            # Wider by a pixel of the canvas, whose pixels are not the picture's.
+            strokes = self._strokes(session, canvas).filter(ImageFilter.MaxFilter(3))
+            mask = Image.composite(mask, session.found, strokes.resize((width, height), Image.Resampling.NEAREST))
         if not mask.getbbox():
             raise cli.UserError(
                 "Nothing is painted: paint over what is to change, or choose another way to say where."
@@ -601,7 +611,7 @@ class Page:
         return session
 
     @_in_sentences
-    def edit(
+    def run(
         self,
         session: Session,
         where: str,
@@ -662,25 +672,40 @@ class Page:
         self,
         image: str | None,
         prompt: str,
-        words: str = "",
-        caption: str = "",
+        words: str | None = None,
+        caption: str | None = None,
         mask: str | None = None,
         num_images: int = 1,
+        strength: float = DEFAULTS["strength"],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        seed: int | None = None,
+        mask_threshold: float | None = None,
+        mask_dilation: int | None = None,
+        mask_feather: int | None = None,
+        crop_padding: int | None = None,
+        processing_resolution: int | None = None,
+        whole_frame: bool = False,
+        fast: bool = False,
         progress=gr.Progress(),  # noqa: B008
-        *settings,
     ):
         """Edits a picture, as `iedit edit` does: where `words`, `caption` or `mask` say, or everywhere.
 
         Returns:
             The results in the format of the picture, and the command that makes them.
         """
+        settings = (
+            *(strength, steps, guidance_scale, negative_prompt, seed, mask_threshold, mask_dilation, mask_feather),
+            *(crop_padding, processing_resolution, whole_frame, fast),
+        )
         source = self._read(image)
         ways = {BY_WORDS: words, BY_CHANGES: caption, BY_BRUSH: mask}
         given = [where for where, value in ways.items() if value]
         if len(given) > 1:
-            raise cli.UserError("pass only one of words, caption and mask")
+            raise cli.UserError("Pass only one of `words`, `caption` and `mask`.")
         where = given[0] if given else EVERYWHERE
-        values = self.demo.values(where, prompt, words, caption, mask and Path(mask).name, settings)
+        values = self.demo.values(where, prompt, words, caption, Path(mask or "").name, settings)
         painted = self.demo.open(mask) if mask else None
         results = self.demo.edit(source, values, painted, int(num_images), _reporter(progress))
         suffix = source.suffix
@@ -688,15 +713,25 @@ class Page:
         return files, results.command(suffix)
 
     @_in_sentences
-    def api_mask(self, image: str | None, prompt: str = "", words: str = "", caption: str = "", *settings):
+    def api_mask(
+        self,
+        image: str | None,
+        prompt: str | None = None,
+        words: str | None = None,
+        caption: str | None = None,
+        mask_threshold: float | None = None,
+        mask_dilation: int | None = None,
+    ):
         """Finds where a picture would be edited: a mask in its size, white where."""
         source = self._read(image)
-        values = self.demo.values(BY_WORDS if words else BY_CHANGES, prompt, words, caption, "", settings)
+        given = {"mask-threshold": mask_threshold, "mask-dilation": mask_dilation}
+        settings = [given.get(name) for name in SETTINGS]
+        values = self.demo.values(BY_CHANGES if caption else BY_WORDS, prompt, words, caption, "", settings)
         return _save(self.demo.find_mask(source, values), f"{source.stem}-mask.png")
 
     def _read(self, image: str | None) -> Source:
         if image is None:
-            raise cli.UserError("pass the picture as image")
+            raise cli.UserError("Pass the picture as `image`.")
         return self.demo.read(image)
 
 
@@ -722,7 +757,6 @@ def _controls(demo: Demo) -> dict[str, Any]:
     def number(label: str, info: str, **options):
         return functools.partial(gr.Number, value=None, label=label, info=info, **options)
 
-    steps = demo.takes["num_inference_steps"].default
     return {
         "strength": functools.partial(
             gr.Slider,
@@ -733,7 +767,7 @@ def _controls(demo: Demo) -> dict[str, Any]:
             label="Strength",
             info="How far to go from the picture.",
         ),
-        "steps": number("Steps", f"More take longer. Empty: {steps}.", precision=0),
+        "steps": number("Steps", f"More take longer. Empty: {demo.num_steps}.", precision=0),
         "guidance-scale": number("Guidance", "How closely to follow the prompt. Empty: the model's own."),
         "negative-prompt": functools.partial(gr.Textbox, label="What not to show"),
         "seed": number("Seed", "The same one gives the same result. Empty: a new one.", precision=0),
@@ -822,13 +856,17 @@ def build(demo: Demo, examples: Sequence[Example] = ()) -> gr.Blocks:
                         "Write it for me", size="sm", visible=demo.pipe.captioner is not None, elem_id="write"
                     )
                 show = gr.Button("Show the mask", elem_id="show")
-                settings = {name: made[name]() for name in demo.settings if name in IN_SIGHT}
+                settings = {name: made[name](visible=name not in demo.not_taken) for name in IN_SIGHT}
                 num_images = gr.Slider(1, 4, value=4, step=1, label="Results", elem_id="count")
                 with gr.Row():
                     run = gr.Button("Edit", variant="primary", elem_id="run")
                     stop = gr.Button("Stop", elem_id="stop")
                 with gr.Accordion("More settings", open=False), gr.Row():
-                    settings |= {name: made[name](min_width=150) for name in demo.settings if name not in IN_SIGHT}
+                    settings |= {
+                        name: made[name](min_width=150, visible=name not in demo.not_taken)
+                        for name in SETTINGS
+                        if name not in IN_SIGHT
+                    }
             with gr.Column(min_width=320):
                 told = gr.Markdown("The results will stand here.", elem_id="told")
                 slider = gr.ImageSlider(
@@ -859,7 +897,7 @@ def build(demo: Demo, examples: Sequence[Example] = ()) -> gr.Blocks:
 
         results = [gallery, slider, command, download, download_mask, of_results, told]
         picture = [session, source, canvas, of_picture, undo, offered, *results]
-        chosen = [settings[name] for name in demo.settings]
+        chosen = [settings[name] for name in SETTINGS]
         asked = [session, where, prompt, words, caption]
 
         source.input(page.open_file, [session, source], picture, api_visibility="private").failure(
@@ -880,7 +918,7 @@ def build(demo: Demo, examples: Sequence[Example] = ()) -> gr.Blocks:
 
         for running in (run.click, prompt.submit):
             running(page.begin, session, session, **at_once).then(
-                page.edit,
+                page.run,
                 [*asked, canvas, num_images, *chosen],
                 [session, canvas, *results],
                 show_progress_on=[told],
@@ -895,13 +933,22 @@ def build(demo: Demo, examples: Sequence[Example] = ()) -> gr.Blocks:
             line = gr.Textbox(label="Command")
             mask_file = gr.File(label="Mask")
             over_http = gr.Button()
-        with_words = [source, prompt, words, caption]
         public = on_device | {"api_visibility": "public"}
         over_http.click(
-            page.api_edit, [*with_words, mask, num_images, *chosen], [files, line], api_name="edit", **public
+            page.api_edit,
+            [source, prompt, words, caption, mask, num_images, *chosen],
+            [files, line],
+            api_name="edit",
+            **public,
         )
-        over_http.click(page.api_mask, [*with_words, *chosen], mask_file, api_name="mask", **public)
-    return blocks.queue(max_size=MAX_WAITING)
+        over_http.click(
+            page.api_mask,
+            [source, prompt, words, caption, *(settings[name] for name in OF_FOUND_MASKS)],
+            mask_file,
+            api_name="mask",
+            **public,
+        )
+    return blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=4)
 
 
 def launch(blocks: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> str:
@@ -981,4 +1028,4 @@ def _check_port(host: str, port: int | None) -> None:
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
-        raise cli.UserError(f"--port {port}: cannot be listened at on {host} ({error.strerror or error})") from error
+        raise cli.UserError(f"--port {port}: cannot be listened at on {host} ({os.strerror(error.errno)})") from error
