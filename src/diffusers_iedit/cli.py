@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from .batch import Picture
     from .editor import LocalEditor
-    from .pipeline import IEditPipeline
+    from .pipeline import IEditPipeline, IEditPipelineOutput
     from .regions_iedit import Photo
 
 
@@ -150,7 +150,7 @@ _PIXELS = _number(int, "at least 0", lambda pixels: pixels >= 0)
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="iedit", description="Change one thing in a picture and keep the rest.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{edit,mask,batch,evaluate}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{edit,mask,batch,evaluate,demo}")
 
     # Options left out are left out of the namespace too, which leaves their defaults to the pipeline.
     files = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -359,6 +359,30 @@ def build_parser() -> argparse.ArgumentParser:
     add("batch-size", type=_COUNT, metavar="N", help="pictures that are edited together (default: 8)")
     add("dtype", choices=("float32", "float16", "bfloat16"), help="of the models (default: float32)")
     evaluate.set_defaults(run=_evaluate)
+
+    demo = commands.add_parser(
+        "demo",
+        parents=[models],
+        help="serve a page to edit pictures on",
+        description="Serve a page to edit pictures on, until Ctrl-C. It prints its address.",
+    )
+    demo.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen at (default: %(default)s)")
+    demo.add_argument(
+        "--port",
+        type=_number(int, "in [1, 65535]", lambda port: 1 <= port <= 65535),
+        metavar="N",
+        help="to listen at (default: the first free one from 7860)",
+    )
+    demo.add_argument("--share", action="store_true", help="let gradio make a public address for the page")
+    demo.add_argument(
+        "--max-megapixels",
+        type=_number(float, "above 0", lambda size: 0 < size < math.inf),
+        default=40,
+        metavar="N",
+        help="refuse larger pictures, before they are decoded (default: %(default)s)",
+    )
+    _add_vae(demo)
+    demo.set_defaults(run=_demo)
     return parser
 
 
@@ -815,6 +839,18 @@ def _settle(
         return photo, _settle_region(pipe, photo, given, whole_frame)
 
 
+def _make_results(
+    pipe: "IEditPipeline | LocalEditor", photo: "Photo", given: dict[str, Any], seeds: Sequence[int]
+) -> "IEditPipelineOutput":
+    """The results of an edit with settled arguments, one a seed."""
+    import torch
+
+    # Drawn on the CPU, a seed gives the same noise on every device.
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with _pipeline_errors(pipe):
+        return pipe(image=photo, num_images_per_prompt=len(seeds), generator=generators, **given)
+
+
 def _edit(args: argparse.Namespace) -> tuple[str, str]:
     """Edit and save. Returns what the printed line says before and after the seconds."""
     inputs = (args.image, args.mask) if hasattr(args, "mask") else (args.image,)
@@ -834,8 +870,6 @@ def _edit(args: argparse.Namespace) -> tuple[str, str]:
         arguments={name: given[name] for name in PIPELINE_ARGUMENTS if name in given},
         vae=args.vae,
     )
-    import torch
-
     if hasattr(args, "fast"):
         from .acceleration import few_steps
 
@@ -847,10 +881,8 @@ def _edit(args: argparse.Namespace) -> tuple[str, str]:
         photo, notes[:0] = _settle(pipe, image, given, whole_frame=hasattr(args, "whole_frame"))
     first_seed = args.seed if hasattr(args, "seed") else secrets.randbelow(2**32)
     seeds = range(first_seed, first_seed + args.num_images)
-    # Drawn on the CPU, a seed gives the same noise on every device.
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with _notes(), _pipeline_errors(pipe):
-        output = pipe(image=photo, num_images_per_prompt=args.num_images, generator=generators, **given)
+    with _notes():
+        output = _make_results(pipe, photo, given, seeds)
     for result, path in zip(output.images, paths, strict=True):
         _save(result, path)
     note = "".join(f", {note}" for note in notes)
@@ -1147,6 +1179,17 @@ def _evaluate_methods(args: argparse.Namespace) -> tuple[str, str] | None:
         )
     # Of several processes, one has the results, and says so.
     return (str(args.output_dir / "index.html"), ", the page with the edits, plots and tables") if results else None
+
+
+def _demo(args: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    _check_model(args.model)
+    _check_vae(args.vae)
+    _import_libraries()
+    from .demo import serve
+
+    given = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
+    serve(**given)
 
 
 def main(argv: list[str] | None = None) -> int:
