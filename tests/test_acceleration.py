@@ -1,5 +1,6 @@
 """What makes edits faster leaves them what they are: precision, layout, few steps, guidance in some, a tiny VAE."""
 
+import os
 import re
 
 import numpy as np
@@ -394,3 +395,12 @@ def test_a_vae_that_does_not_fit_is_an_error(folder, capfd, tmp_path):
         assert (code, out, err.count("\n")) == (2, "", 1), err
         assert re.search(message, err), err
         assert not (folder / "out.png").exists()
+
+
+def test_threads_of_the_command_do_not_spin_unless_the_user_says_so(monkeypatch):
+    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+        if given is None:
+            monkeypatch.delenv("OMP_WAIT_POLICY")
+        cli._import_libraries.__wrapped__()
+        assert os.environ["OMP_WAIT_POLICY"] == expected

@@ -600,6 +600,9 @@ def _import_libraries():
     # The imports leave a million objects that stay. Searching them for garbage, over and over and once more on the way
     # out, would take a third of a short run's time.
     gc.disable()
+    # OpenMP reads it when PyTorch loads it. Threads that spin while they wait for each other take a busy machine's
+    # cores from those they wait for: there, an edit of a small model took more than ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import diffusers.utils.logging
     import transformers.utils.logging
 
