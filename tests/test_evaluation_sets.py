@@ -144,6 +144,15 @@ def test_the_test_set_of_magicbrush_has_captions_of_its_own(tmp_path, truth):
         load_examples(str(tmp_path))
 
 
+@pytest.mark.parametrize("sessions", ["{", '{"7": [{"input": "7-input.png"}]}', "[1]"])
+def test_sessions_of_another_form_are_one_line(tmp_path, truth, sessions):
+    write_sessions(tmp_path, truth)
+    (tmp_path / "edit_sessions.json").write_text(sessions)
+    with pytest.raises(ValueError, match=f"{tmp_path} is not MagicBrush's test set: .*") as told:
+        load_examples(str(tmp_path))
+    assert "\n" not in str(told.value)
+
+
 def test_a_picture_outside_of_the_set_is_refused(tmp_path, truth):
     folder = tmp_path / "set"
     write_sessions(folder, truth)

@@ -190,6 +190,18 @@ def test_the_only_split_is_taken_whatever_it_is_called(tmp_path, truth):
         read(folder, source_split="dev")
 
 
+def test_a_set_with_several_configurations_is_told_which(tmp_path, truth):
+    lines = ["---", "configs:"]
+    for number, name in enumerate(("plain", "fancy")):
+        small_import.write_parquet(tmp_path / name, [FORMS["ultraedit"](truth[number])])
+        lines += [f"- config_name: {name}", f"  data_files: {name}/data/*.parquet"]
+    (tmp_path / "README.md").write_text("\n".join([*lines, "---", ""]))
+    assert read(tmp_path, source_config="fancy")[0][0]["prompt"] == truth[1].after.caption
+    with pytest.raises(ValueError, match=r"cannot be opened: Config name is missing.*plain.*fancy") as told:
+        read(tmp_path)
+    assert "\n" not in str(told.value)
+
+
 def test_other_sets_say_what_their_columns_hold(tmp_path, truth):
     rows = [
         {

@@ -6,6 +6,7 @@ import os
 import tarfile
 from collections import Counter
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -178,6 +179,15 @@ def test_patterns_choose_among_the_files_of_a_folder(tmp_path, kind):
             write_tar(tmp_path / f"{number:03}.tar", {"0.jpg": jpeg(number), "0.txt": str(number).encode()})
     chosen = {"source_files": [f"00[1-2].{kind}", f"01*.{kind}"], "image_column": "jpg", "caption_column": "txt"}
     assert captions(read(tmp_path, **chosen)[0]) == ["1", "2", "10", "11"]
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_what_datasets_saved_to_disk_is_read(tmp_path, splits):
+    images = [{"bytes": jpeg(number), "path": None} for number in range(3)]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    saved = datasets.Dataset.from_dict({"image": images, "text": ["0", "1", "2"]}, features=features)
+    (datasets.DatasetDict({"train": saved}) if splits else saved).save_to_disk(tmp_path / "saved")
+    assert captions(read(tmp_path / "saved", caption_column="text")[0]) == ["0", "1", "2"]
 
 
 def test_the_pool_may_be_another_collection_with_other_columns(tmp_path):

@@ -250,6 +250,9 @@ class ReadPairsOptions:
     source_split: str | None = field(
         default=None, metadata={"help": "split of the set; by default train, or the only one that there is"}
     )
+    source_config: str | None = field(
+        default=None, metadata={"help": "configuration of the set, if it has several to choose from"}
+    )
     source_files: list[str] | None = field(
         default=None, metadata={"help": "only these files of the set, as patterns: data/train-000*"}
     )

@@ -91,7 +91,12 @@ class Collection:
 
 
 def open_stream(
-    path: str, split: str | None, files: list[str] | None, revision: str | None, argument: str
+    path: str,
+    split: str | None,
+    files: list[str] | None,
+    revision: str | None,
+    argument: str,
+    config: str | None = None,
 ) -> tuple[datasets.IterableDataset | None, list[str]]:
     """Opens a split of a collection, wherever it is and in whatever format `datasets` reads.
 
@@ -101,6 +106,7 @@ def open_stream(
         files (`list[str]`, *optional*): Only these files, as patterns.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
         argument (`str`): What the option is called that named the collection, for messages.
+        config (`str`, *optional*): The configuration, of a collection that has several.
 
     Returns:
         `tuple[IterableDataset | None, list[str]]`: A stream whose features are known, or None and the tar files.
@@ -120,7 +126,7 @@ def open_stream(
         # By itself, `datasets` takes its JSON files for the data.
         path, saved = "arrow", found
     try:
-        builder = datasets.load_dataset_builder(path, data_files=saved, revision=revision)
+        builder = datasets.load_dataset_builder(path, config, data_files=saved, revision=revision)
         splits = {str(name): list(names) for name, names in (builder.config.data_files or {}).items()}
         if split is None:
             split = next(iter(splits)) if len(splits) == 1 else "train"
@@ -130,7 +136,7 @@ def open_stream(
         tars = splits[split] if all(name.endswith(".tar") for name in splits[split]) else []
         stream = None if tars else builder.as_streaming_dataset(split)
     except (OSError, ValueError) as error:
-        raise ValueError(f"`{argument}` {named!r} cannot be opened: {error}") from error
+        raise ValueError(f"`{argument}` {named!r} cannot be opened: {' '.join(str(error).split())}") from error
     if stream is not None and stream.features is None:
         raise ValueError(f"`{argument}` {named!r} declares no types of its columns: make parquet of it.")
     return stream, tars

@@ -76,18 +76,23 @@ SESSIONS, DESCRIPTIONS = "edit_sessions.json", "global_descriptions.json"
 
 
 def _session_rows(folder: str) -> Iterator[dict]:
-    sessions = json.loads(Path(folder, SESSIONS).read_text())
     file = Path(folder, DESCRIPTIONS)
-    descriptions = json.loads(file.read_text()) if file.exists() else {}
-    for key, turns in sessions.items():
-        for turn in turns:
-            row = {
-                f"{column}_img": {"bytes": None, "path": f"images/{key}/{turn[name]}"}
-                for column, name in (("source", "input"), ("mask", "mask"), ("target", "output"))
-            }
+    try:
+        sessions = json.loads(Path(folder, SESSIONS).read_text(encoding="utf-8"))
+        descriptions = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        rows = []
+        for key, turns in sessions.items():
             captions = descriptions.get(key, {})
-            row |= {"source_caption": captions.get(turn["input"]), "target_caption": captions.get(turn["output"])}
-            yield row | {"instruction": turn["instruction"]}
+            for turn in turns:
+                row = {
+                    f"{column}_img": {"bytes": None, "path": f"images/{key}/{turn[name]}"}
+                    for column, name in (("source", "input"), ("mask", "mask"), ("target", "output"))
+                }
+                row |= {"source_caption": captions.get(turn["input"]), "target_caption": captions.get(turn["output"])}
+                rows.append(row | {"instruction": turn["instruction"]})
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{folder} is not MagicBrush's test set: {type(error).__name__}: {error}") from error
+    yield from rows
 
 
 def _stream_sessions(folder: str) -> datasets.IterableDataset:
@@ -185,7 +190,12 @@ class PairCollection:
         if stream is None:
             options = self.options
             stream, tars = open_stream(
-                self.path, options.source_split, options.source_files, options.source_revision, self.argument
+                self.path,
+                options.source_split,
+                options.source_files,
+                options.source_revision,
+                self.argument,
+                options.source_config,
             )
         columns = tar_columns(tars) if stream is None else list(stream.features)
         known = self._known_columns(columns)
