@@ -179,7 +179,7 @@ def test_without_random_flip_nothing_is_mirrored_and_with_it_the_others_stay():
 # Where the mask is, in fractions of the picture.
 BOXES = {
     "left": (0, 0.4, 0.1, 0.6),
-    "right": (0.9, 0, 1, 1),
+    "right": (0.9, 0.7, 1, 1),
     "top": (0.4, 0, 0.6, 0.1),
     "middle": (0.4, 0.4, 0.6, 0.6),
 }
