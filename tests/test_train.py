@@ -799,6 +799,7 @@ def error(argv, capsys):
             "`train_blocks` first is no part of a Stable Diffusion 1.x or 2.x, which has .*",
         ),
         (("--weighting_scheme", "mode"), "`weighting_scheme` is for flow-matching models, and .* is a Stable .*"),
+        (("--logit_std", "0.5"), "`logit_std` is for flow-matching models, and .* is a Stable .*"),
         (("--checkpoints_total_limit", "0"), "--checkpoints_total_limit has to be 1 or more, got 0."),
         (("--resolution", "33"), "`resolution` has to be a multiple of 4, .*, got 33."),
         (("--aspect_ratio_buckets", "32x64"), "`aspect_ratio_buckets`: .*'32x64'.*height,width.*"),
