@@ -289,13 +289,9 @@ class StableDiffusion3(Family):
             "attention": r".*\.attn2?\.",
         }[name]
 
-    @property
-    def _device(self) -> torch.device:
-        return self.text_encoders[0].device
-
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         states, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, None, device=self._device, do_classifier_free_guidance=False
+            prompts, None, None, device=self.pipe.text_encoder.device, do_classifier_free_guidance=False
         )
         return {"states": states, "pooled": pooled}
 
