@@ -44,7 +44,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffusers_iedit import IEditPipeline, cli, mini
 from diffusers_iedit.finetuning.data import open_pairs
-from diffusers_iedit.finetuning.families import FAMILIES, StableDiffusion, StableDiffusion3, find_family
+from diffusers_iedit.finetuning.families import FAMILIES, StableDiffusion, StableDiffusion3, find_family, load_base
 from diffusers_iedit.finetuning.models import parameter_groups
 from diffusers_iedit.finetuning.options import LOSS_TERMS, LR_SCHEDULERS, PRESETS, TRAIN_BLOCKS, parse_args
 from diffusers_iedit.losses import IEditLoss
@@ -481,6 +481,15 @@ def test_the_text_to_image_pipeline_of_a_stable_diffusion_3_is_a_base_too(tmp_pa
     pixels = np.asarray(Image.open(tmp_path / "model/images/step-000001.png")).astype(int)
     source, mask, _, _, masked = np.split(pixels, 5, axis=1)
     np.testing.assert_array_equal(masked[mask == 0], source[mask == 0])
+
+
+def test_a_stable_diffusion_3_without_its_t5_is_a_base_too(tmp_path):
+    StableDiffusion3Img2ImgPipeline(**tiny_models.sd3_components(vae_scale_factor=4)).save_pretrained(
+        tmp_path / "base"
+    )
+    pipe = load_base(str(tmp_path / "base"))
+    assert pipe.text_encoder_3 is None
+    assert pipe.text_encoder_2 is not None
 
 
 def test_cached_latents_and_prompts_of_a_stable_diffusion_3_give_the_same_losses(tmp_path, pairs, sd3_base, sd3_plain):
