@@ -179,7 +179,7 @@ def test_without_random_flip_nothing_is_mirrored_and_with_it_the_others_stay():
 # Where the mask is, in fractions of the picture.
 BOXES = {
     "left": (0, 0.4, 0.1, 0.6),
-    "right": (0.9, 0, 1, 1),
+    "right": (0.9, 0.7, 1, 1),
     "top": (0.4, 0, 0.6, 0.1),
     "middle": (0.4, 0.4, 0.6, 0.6),
 }
@@ -553,7 +553,7 @@ def test_timesteps_of_flow_matching_have_the_density_of_their_scheme():
     logits = torch.logit(sigma.clamp(max=0.9995))
     assert abs(logits.mean()) < 0.06
     assert abs(logits.std() - 1) < 0.05
-    family.density = {"weighting_scheme": "logit_normal", "logit_mean": 1.0, "logit_std": 0.5}
+    family.density = family.DENSITY | {"logit_mean": 1.0, "logit_std": 0.5}
     logits = torch.logit((many_timesteps(family)[0] / 1000).clamp(max=0.9995))
     # A large share u is a large index into the timesteps, which fall.
     assert abs(logits.mean() + 1) < 0.03

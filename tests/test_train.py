@@ -44,7 +44,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffusers_iedit import IEditPipeline, cli, mini
 from diffusers_iedit.finetuning.data import open_pairs
-from diffusers_iedit.finetuning.families import FAMILIES, StableDiffusion, StableDiffusion3, find_family
+from diffusers_iedit.finetuning.families import FAMILIES, StableDiffusion, StableDiffusion3, find_family, load_base
 from diffusers_iedit.finetuning.models import parameter_groups
 from diffusers_iedit.finetuning.options import LOSS_TERMS, LR_SCHEDULERS, PRESETS, TRAIN_BLOCKS, parse_args
 from diffusers_iedit.losses import IEditLoss
@@ -483,6 +483,15 @@ def test_the_text_to_image_pipeline_of_a_stable_diffusion_3_is_a_base_too(tmp_pa
     np.testing.assert_array_equal(masked[mask == 0], source[mask == 0])
 
 
+def test_a_stable_diffusion_3_without_its_t5_is_a_base_too(tmp_path):
+    StableDiffusion3Img2ImgPipeline(**tiny_models.sd3_components(vae_scale_factor=4)).save_pretrained(
+        tmp_path / "base"
+    )
+    pipe = load_base(str(tmp_path / "base"))
+    assert pipe.text_encoder_3 is None
+    assert pipe.text_encoder_2 is not None
+
+
 def test_cached_latents_and_prompts_of_a_stable_diffusion_3_give_the_same_losses(tmp_path, pairs, sd3_base, sd3_plain):
     options = ("--lora_rank", 0, "--cache_latents")
     train(arguments(pairs, sd3_base, tmp_path / "model", *options))
@@ -498,6 +507,53 @@ def test_a_weighting_scheme_weighs_the_losses_on_what_is_predicted_alone(tmp_pat
     for term in ("loc", "global", "mask", "perc"):
         assert weighted[term] == pytest.approx(plain_line[term], rel=1e-5)
     assert weighted["loss"] > 1.01 * plain_line["loss"]
+
+
+# Pairs of other sizes, and few of them
+
+
+def test_a_pair_whose_mask_vanishes_has_no_part_in_a_step_and_is_counted(tmp_path, base, caplog):
+    rows = make_rows(4)
+    tiny = Image.new("L", (64, 64))
+    tiny.putpixel((30, 30), 255)
+    for row in rows[:2]:
+        row["target_mask"] = tiny
+    options = ("--max_train_steps", 6, "--loss", "mask", "--train_batch_size", 1, "--caption_dropout", 0)
+    for name, colour in (("model", None), ("other", "black")):
+        for row in rows[:2]:
+            # What has no part may as well be another picture.
+            row["target_image"] = Image.new("RGB", (64, 64), colour) if colour else row["target_image"]
+        data = write_pairs(tmp_path / f"{name} pairs", rows)
+        with caplog.at_level("WARNING"):
+            train(arguments(data, base, tmp_path / name, *options))
+    left_out = sum(line["left_out"] for line in losses(tmp_path / "model"))
+    assert 2 <= left_out <= 4
+    assert f"{left_out:.0f} of 6 samples were left out" in caplog.text
+    assert changed(weights(tmp_path / "model"), weights(tmp_path / "other")) == set()
+    assert changed(weights(tmp_path / "model"), weights(base))
+
+
+@pytest.mark.parametrize("model", ["base", "sd3_base"])
+def test_one_pair_of_pictures_of_other_aspects_is_enough_for_a_batch_and_for_buckets(tmp_path, model, request):
+    row = make_rows(1)[0]
+    for side, size in (("source", (96, 48)), ("target", (48, 64))):
+        for kind in ("image", "mask"):
+            row[f"{side}_{kind}"] = row[f"{side}_{kind}"].resize(size)
+    data = write_pairs(tmp_path / "pairs", [row])
+    options = (
+        "--max_train_steps",
+        1,
+        "--train_batch_size",
+        3,
+        "--aspect_ratio_buckets",
+        "32,32;24,48",
+        "--loss",
+        "mask",
+    )
+    train(arguments(data, request.getfixturevalue(model), tmp_path / "model", *options))
+    (line,) = losses(tmp_path / "model")
+    assert line["mask"] > 0
+    assert line["left_out"] == 0
 
 
 # The objective
@@ -752,8 +808,11 @@ def error(argv, capsys):
             "`train_blocks` first is no part of a Stable Diffusion 1.x or 2.x, which has .*",
         ),
         (("--weighting_scheme", "mode"), "`weighting_scheme` is for flow-matching models, and .* is a Stable .*"),
+        (("--logit_std", "0.5"), "`logit_std` is for flow-matching models, and .* is a Stable .*"),
         (("--checkpoints_total_limit", "0"), "--checkpoints_total_limit has to be 1 or more, got 0."),
         (("--resolution", "33"), "`resolution` has to be a multiple of 4, .*, got 33."),
+        (("--aspect_ratio_buckets", "32x64"), "`aspect_ratio_buckets`: .*'32x64'.*height,width.*"),
+        (("--aspect_ratio_buckets", "32,64;32,66"), "`aspect_ratio_buckets` has to be a multiple of 4, .*, got 66."),
         (("--random_crop", "--cache_latents"), "--random_crop and --cache_latents exclude each other.*"),
         (("--train_split", "test"), "The split 'test' of '.*/pairs' cannot be opened.*"),
         (("--resume_from_checkpoint", "checkpoint-7"), "`resume_from_checkpoint`: .* no checkpoint-7;.* none."),

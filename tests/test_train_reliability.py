@@ -212,13 +212,17 @@ VARIANTS = {
     "schedule": ("--lr_scheduler", "cosine", "--lr_warmup_steps", 1),
     "bf16": ("--mixed_precision", "bf16"),
     "validation": ("--num_validation_pairs", 1, "--validation_steps", 1, "--num_inference_steps", 2),
+    "buckets": ("--aspect_ratio_buckets", "32,32;24,48", "--random_crop", "--train_batch_size", 3),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_training_that_broke_off_goes_on_to_the_same_weights_with(tmp_path, base, variant):
     # Of three pairs, four steps of two see each more than twice.
-    pairs = write_pairs(tmp_path / "pairs", make_rows(3))
+    rows = make_rows(3)
+    for name in ("source_image", "source_mask", "target_image", "target_mask"):
+        rows[0][name] = rows[0][name].resize((128, 64))
+    pairs = write_pairs(tmp_path / "pairs", rows)
     options = ("--loss", "global+paired", "--checkpointing_steps", 2, *VARIANTS[variant])
     train(arguments(pairs, base, tmp_path / "undisturbed", *options))
 

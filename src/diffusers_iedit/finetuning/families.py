@@ -181,8 +181,9 @@ class StableDiffusion(Family):
 
     def settle(self, args: argparse.Namespace) -> None:
         super().settle(args)
-        if args.weighting_scheme is not None:
-            raise ValueError(f"`weighting_scheme` is for flow-matching models, and {args.model} is a {self.kind}.")
+        for name in StableDiffusion3.DENSITY:
+            if getattr(args, name) is not None:
+                raise ValueError(f"`{name}` is for flow-matching models, and {args.model} is a {self.kind}.")
 
     def part(self, name: str) -> str:
         return {
@@ -252,12 +253,14 @@ class StableDiffusion3(Family):
     resolution = 512
     lora_rank = 16
     prediction_type = "flow_prediction"
+    # How timesteps are drawn, in the names of diffusers' scripts and with their values.
+    DENSITY = {"weighting_scheme": "logit_normal", "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29}
 
     def __init__(self, pipe: DiffusionPipeline):
         super().__init__(pipe)
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
-        self.density: dict[str, Any] = {"weighting_scheme": "logit_normal"}
+        self.density: dict[str, Any] = self.DENSITY
 
     @staticmethod
     def fits(index: dict) -> bool:
@@ -269,10 +272,10 @@ class StableDiffusion3(Family):
 
     def settle(self, args: argparse.Namespace) -> None:
         super().settle(args)
-        if args.weighting_scheme is None:
-            args.weighting_scheme = self.density["weighting_scheme"]
-        names = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
-        self.density = {name: getattr(args, name) for name in names}
+        for name, value in self.DENSITY.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        self.density = {name: getattr(args, name) for name in self.DENSITY}
 
     def part(self, name: str) -> str:
         count = len(self.model.transformer_blocks)
@@ -286,20 +289,14 @@ class StableDiffusion3(Family):
             "attention": r".*\.attn2?\.",
         }[name]
 
-    @property
-    def _device(self) -> torch.device:
-        return self.text_encoders[0].device
-
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         states, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, None, device=self._device, do_classifier_free_guidance=False
+            prompts, None, None, device=self.pipe.text_encoder.device, do_classifier_free_guidance=False
         )
         return {"states": states, "pooled": pooled}
 
     def draw_timestep(self, generator: torch.Generator) -> torch.Tensor:
-        share = compute_density_for_timestep_sampling(
-            **({"logit_mean": 0.0, "logit_std": 1.0} | self.density), batch_size=1, generator=generator
-        )
+        share = compute_density_for_timestep_sampling(**self.density, batch_size=1, generator=generator)
         index = (share * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
         return self.scheduler.timesteps[index].squeeze(0)
 

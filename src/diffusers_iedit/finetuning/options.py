@@ -170,9 +170,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of flow-matching models: how timesteps are drawn, and sigma_sqrt and cosmap by which weights beside the"
         " paper's t/T; logit_normal by default",
     )
-    group.add_argument("--logit_mean", type=float, default=0.0, help="of logit_normal")
-    group.add_argument("--logit_std", type=float, default=1.0, help="of logit_normal")
-    group.add_argument("--mode_scale", type=float, default=1.29, help="of mode")
+    group.add_argument("--logit_mean", type=float, help="of logit_normal; 0 by default")
+    group.add_argument("--logit_std", type=float, help="of logit_normal; 1 by default")
+    group.add_argument("--mode_scale", type=float, help="of mode; 1.29 by default")
     group = parser.add_argument_group("optimisation")
     group.add_argument(
         "--train_blocks",

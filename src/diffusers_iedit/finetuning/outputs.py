@@ -31,7 +31,8 @@ class LossLog:
         kept = [row for row in self.read() if row["step"] <= last_step] if last_step else []
         partial = file.with_suffix(".partial")
         with partial.open("w", newline="") as opened:
-            writer = csv.DictWriter(opened, columns)
+            # An older version left out none.
+            writer = csv.DictWriter(opened, columns, restval="0")
             writer.writeheader()
             writer.writerows(row | {"step": int(row["step"])} for row in kept)
         partial.replace(file)
