@@ -1,47 +1,47 @@
-"""A real browser for pages under test: the Chromium in the PyPI package kaleido 0.2.1, which needs nothing else."""
+"""A real browser for pages under test: Debian's Chromium (`apt-get install chromium`), driven by playwright."""
 
-import importlib.util
-import json
-import subprocess
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-
-# kaleido opens a page of its own with this in place of plotly.js, and returns what its `toImage` makes.
-_DRIVER = """
-window.Plotly = {
-  version: "2.0.0",
-  toImage: async ({ data: [{ page, script, width, height }] }) => {
-    const element = Object.assign(document.createElement("iframe"), { width, height, src: page });
-    const loaded = new Promise((resolve) => { element.onload = resolve; });
-    document.body.append(element);
-    await loaded;
-    const window = element.contentWindow;
-    const settle = () => new Promise((resolve) => setTimeout(resolve, 150));
-    await settle();
-    const run = new (async () => {}).constructor("window", "document", "settle", script);
-    const value = await run(window, window.document, settle);
-    await settle();
-    const requests = window.performance.getEntriesByType("resource").map((entry) => entry.name);
-    return JSON.stringify({ value, faults: window.faultsUnderTest, requests });
-  },
-};
-"""
-
-# Before anything of the page runs: what goes wrong is noted, and what its policy forbids it to load.
-_NOTES = """<script>
-var faultsUnderTest = [];
-addEventListener("error", (event) => faultsUnderTest.push(event.message || `not loaded: ${event.target.src}`), true);
-addEventListener("unhandledrejection", (event) => faultsUnderTest.push(String(event.reason)));
-addEventListener("securitypolicyviolation", (event) => faultsUnderTest.push(`blocked: ${event.blockedURI}`));
-for (const level of ["error", "warn"]) console[level] = (...what) => faultsUnderTest.push(what.join(" "));
-</script>"""
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
 
 
-def visit(page: Path, script: str, width: int = 1280, height: int = 900) -> dict:
-    """Opens a page from its file, runs a script beside it, and says what came of it.
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """While it lasts, there is a browser; where there is none, the tests that want it are left out."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def note_faults(page: Page) -> list[str]:
+    """The errors and warnings of a page, those of its policy among them, as they come."""
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda message: message.type in ("error", "warning") and faults.append(message.text))
+    page.on("requestfailed", lambda request: faults.append(f"not loaded: {request.url}"))
+    return faults
+
+
+def visit(browser: Browser, file: Path, script: str, width: int = 1280, height: int = 900) -> dict:
+    """Opens a page from its file, runs a script in it, and says what came of it.
 
     Args:
-        page (`Path`): An HTML file with a `<head>`.
+        browser (`Browser`): From `chromium`.
+        file (`Path`): An HTML file.
         script (`str`): The body of an async function of `window`, `document` and `settle`, where `await settle()`
             waits until the page has drawn. It returns something that JSON can hold.
         width, height (`int`): Of the window, in CSS pixels.
@@ -49,29 +49,20 @@ def visit(page: Path, script: str, width: int = 1280, height: int = 900) -> dict
     Returns:
         `dict`: `value`, what the script returned; `faults`, the page's errors and warnings; `requests`, the addresses
         of all that it loaded.
-
-    Raises:
-        RuntimeError: If there is no browser, or if it or the script fails.
     """
-    package = importlib.util.find_spec("kaleido")
-    program = Path(package.origin).with_name("executable") / "kaleido" if package else None
-    if program is None or not program.exists():
-        raise RuntimeError("This needs the browser in kaleido 0.2.1: pip install -e '.[test]'")
-    driver, copy = page.with_name("driver.js"), page.with_name("noted.html")
-    driver.write_text(_DRIVER)
-    copy.write_text(page.read_text().replace("<head>", f"<head>{_NOTES}", 1))
-    job = {"page": copy.as_uri(), "script": script, "width": width, "height": height}
-    done = subprocess.run(
-        [
-            *(program, "plotly", f"--plotlyjs={driver.as_uri()}", "--disable-gpu", "--no-sandbox"),
-            *("--allow-file-access-from-files", "--disable-dev-shm-usage"),
-        ],
-        input=json.dumps({"format": "svg", "data": {"data": [job], "layout": {}}}) + "\n",
-        capture_output=True,
-        text=True,
-        timeout=60,
+    page = browser.new_page(viewport={"width": width, "height": height})
+    faults, requests = note_faults(page), []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(file.as_uri())
+    value = page.evaluate(
+        f"""async () => {{
+            const settle = () => new Promise((resolve) => setTimeout(resolve, 150));
+            await settle();
+            const value = await (async () => {{ {script} }})();
+            await settle();
+            return value;
+        }}"""
     )
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    if len(answers) < 2 or answers[1]["code"]:
-        raise RuntimeError(f"The browser failed: {answers[1:]} {done.stderr}")
-    return json.loads(answers[1]["result"])
+    page.close()
+    others = [url for url in requests if url != file.as_uri() and not url.startswith("data:")]
+    return {"value": value, "faults": faults, "requests": others}

@@ -2,13 +2,14 @@
 
 import base64
 import copy
+import functools
 import io
 import json
 import re
 
+import browser
 import numpy as np
 import pytest
-from browser import visit
 from PIL import Image
 
 from diffusers_iedit import mini
@@ -110,6 +111,12 @@ def evaluation(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def visit():
+    with browser.chromium() as chromium:
+        yield functools.partial(browser.visit, chromium)
+
+
+@pytest.fixture(scope="module")
 def page(evaluation):
     return evaluation[0] / "index.html"
 
@@ -178,7 +185,7 @@ def test_no_table_is_wider_than_six_metrics(tmp_path, evaluation):
         assert sum(f"More {number}\N{NO-BREAK SPACE}" in header for header in headers) == 12
 
 
-def test_what_could_not_be_measured_is_named(evaluation, page):
+def test_what_could_not_be_measured_is_named(visit, evaluation, page):
     sentence = "Not measured: LPIPS: there is no network. --networks lpips=NAME brings them in."
     assert sentence in (evaluation[0] / "results.md").read_text()
     assert sentence in visit(page, "return document.body.innerText")["value"]
@@ -330,7 +337,7 @@ def test_small_pictures_keep_their_size_and_large_ones_are_scaled(tmp_path, eval
     assert {decode(uri).size for uri in small["pictures"].values()} == {(64, 64)}
 
 
-def test_too_many_pictures_leave_the_worst_and_the_best_and_say_so(tmp_path, evaluation, monkeypatch):
+def test_too_many_pictures_leave_the_worst_and_the_best_and_say_so(visit, tmp_path, evaluation, monkeypatch):
     folder, results = evaluation
     results = copy.deepcopy(results)
     for number, example in enumerate(results["examples"]):
@@ -356,12 +363,12 @@ def test_variants_that_only_change_a_number_are_plotted_instead_of_shown(page):
     assert sheet["other_variants"] == 6
 
 
-def test_the_page_runs_without_faults_and_loads_nothing(page):
+def test_the_page_runs_without_faults_and_loads_nothing(visit, page):
     found = visit(page, "return document.querySelectorAll('.example').length > 0")
     assert found == {"value": True, "faults": [], "requests": []}
 
 
-def test_a_browser_would_tell_of_faults_and_of_loading(tmp_path):
+def test_a_browser_would_tell_of_faults_and_of_loading(visit, tmp_path):
     page = tmp_path / "index.html"
     page.write_text('<html><head></head><body><img src="picture.png"><script>nothing.at.all</script></body></html>')
     found = visit(page, "return 1")
@@ -369,14 +376,14 @@ def test_a_browser_would_tell_of_faults_and_of_loading(tmp_path):
     assert any("not loaded" in fault for fault in found["faults"])
 
 
-def test_pictures_are_decoded(page):
+def test_pictures_are_decoded(visit, page):
     script = "return [...document.querySelectorAll('#sheet img')].map((image) => image.naturalWidth)"
     widths = visit(page, script)["value"]
     assert len(widths) == 5 * 6
     assert set(widths) == {64}
 
 
-def test_a_prompt_is_text_and_never_code(page):
+def test_a_prompt_is_text_and_never_code(visit, page):
     script = """
         const tool = document.getElementById("text");
         tool.value = "<SCRIPT>"; tool.dispatchEvent(new window.Event("input"));
@@ -390,12 +397,12 @@ def test_a_prompt_is_text_and_never_code(page):
         assert 'a <script>window.broken = 1</script> | "red" car & </script> *tree*' in text
 
 
-def test_an_error_is_text_in_the_list_of_failed_edits(page):
+def test_an_error_is_text_in_the_list_of_failed_edits(visit, page):
     script = "return [...document.querySelectorAll('#failures td')].map((cell) => cell.innerText)"
     assert visit(page, script)["value"] == ["generated-0007", "iEdit", "ValueError: the edit | holds <NaN>"]
 
 
-def test_one_group_is_shown_at_a_time(page):
+def test_one_group_is_shown_at_a_time(visit, page):
     script = """
         const sections = [...document.querySelectorAll("section.group")];
         const seen = () => sections.filter((section) => section.offsetHeight).map((section) => section.dataset.group);
@@ -406,14 +413,14 @@ def test_one_group_is_shown_at_a_time(page):
     assert visit(page, script)["value"] == [["all"], ["generated"], 4]
 
 
-def test_a_table_reads_as_in_the_markdown(page):
+def test_a_table_reads_as_in_the_markdown(visit, page):
     script = "return document.querySelector('section.group table tbody tr').innerText"
     cells = visit(page, script)["value"].split()
     assert cells[0] == "SDEdit"
     assert re.fullmatch(r"0\.\d\d", cells[1])
 
 
-def test_each_plot_names_the_methods_and_strengths_in_the_colour_of_the_text(page):
+def test_each_plot_names_the_methods_and_strengths_in_the_colour_of_the_text(visit, page):
     script = """
         const plots = [...document.querySelectorAll("section.group:not([hidden]) .plots svg")];
         const colourOf = (plot) => window.getComputedStyle(plot.querySelector("text")).fill;
@@ -454,7 +461,7 @@ SHOWN = """return {
         ("ssim_m", "first", True),
     ],
 )
-def test_pictures_are_sorted_by_any_metric_of_any_method(evaluation, page, metric, order, from_low):
+def test_pictures_are_sorted_by_any_metric_of_any_method(visit, evaluation, page, metric, order, from_low):
     keys = visit(page, set_tools(metric=metric, method="blended", order=order) + SHOWN)["value"]["keys"]
     values = {example["key"]: example["results"]["blended"][metric] for example in evaluation[1]["examples"]}
     expected = sorted(values, key=values.get, reverse=not from_low)
@@ -462,7 +469,7 @@ def test_pictures_are_sorted_by_any_metric_of_any_method(evaluation, page, metri
     assert len(keys) == 5
 
 
-def test_what_failed_is_the_worst_and_is_marked(page):
+def test_what_failed_is_the_worst_and_is_marked(visit, page):
     script = set_tools(metric="clip_score", method="iedit", order="first") + SHOWN.replace(
         "return {", 'return { text: document.querySelector(".example").innerText,'
     )
@@ -472,7 +479,7 @@ def test_what_failed_is_the_worst_and_is_marked(page):
     assert "ValueError: the edit | holds <NaN>" in found["text"]
 
 
-def test_pictures_are_filtered_by_group_prompt_and_failure(evaluation, page):
+def test_pictures_are_filtered_by_group_prompt_and_failure(visit, evaluation, page):
     examples = evaluation[1]["examples"]
     for tools, wanted in (
         ({"group": "real"}, [example for example in examples if example["group"] == "real"]),
@@ -486,7 +493,7 @@ def test_pictures_are_filtered_by_group_prompt_and_failure(evaluation, page):
         assert bool(found["keys"]) == bool(wanted)
 
 
-def test_the_first_rows_are_those_of_the_set_and_more_come_on_demand(evaluation, page):
+def test_the_first_rows_are_those_of_the_set_and_more_come_on_demand(visit, evaluation, page):
     script = """
         const more = document.getElementById("more");
         const counts = [];
@@ -500,7 +507,7 @@ def test_the_first_rows_are_those_of_the_set_and_more_come_on_demand(evaluation,
     assert found["keys"] == [example["key"] for example in evaluation[1]["examples"]]
 
 
-def test_people_see_edits_first_then_the_plot_then_tables_and_fold_out_the_settings(page):
+def test_people_see_edits_first_then_the_plot_then_tables_and_fold_out_the_settings(visit, page):
     script = """
         const top = (selector) => document.querySelector(selector).getBoundingClientRect().top;
         const shown = (text) => document.body.innerText.includes(text);
@@ -514,7 +521,7 @@ def test_people_see_edits_first_then_the_plot_then_tables_and_fold_out_the_setti
     assert [before, after] == [False, True]
 
 
-def test_a_picture_opens_its_example_from_the_keyboard_and_arrows_go_on(page):
+def test_a_picture_opens_its_example_from_the_keyboard_and_arrows_go_on(visit, page):
     script = """
         const detail = document.getElementById("detail");
         const button = document.querySelectorAll("#sheet .example button")[3];
@@ -537,7 +544,7 @@ def test_a_picture_opens_its_example_from_the_keyboard_and_arrows_go_on(page):
     assert not found["open"]
 
 
-def test_nothing_is_wider_than_a_phone_or_scrolls_sideways(page):
+def test_nothing_is_wider_than_a_phone_or_scrolls_sideways(visit, page):
     script = """
         for (const fold of document.querySelectorAll("details")) fold.open = true;
         document.querySelectorAll("#sheet button")[3].click();
@@ -552,7 +559,7 @@ def test_nothing_is_wider_than_a_phone_or_scrolls_sideways(page):
     assert scrolling == []
 
 
-def test_on_a_phone_every_number_stands_under_its_metric(page):
+def test_on_a_phone_every_number_stands_under_its_metric(visit, page):
     script = """
         const cells = [...document.querySelectorAll("section.group:not([hidden]) td")].slice(0, 4);
         return cells.map((cell) => window.getComputedStyle(cell, "::before").content);
