@@ -548,6 +548,7 @@ def test_a_wrong_option_is_one_line(tmp_path, sets, monkeypatch, wrong, said):
 SCRIPT = Path(small_import.script.__file__)
 
 
+@pytest.mark.slow
 def test_a_set_of_the_hub_is_imported_and_pushed(hub, tmp_path, sets, imports):
     hub.add("datasets", "me/edits", {f"data/{name}": content for name, content in files(sets["ultraedit"]).items()})
     argv = small_import.arguments("me/edits", tmp_path / "pairs", "--push_to_hub", "--hub_dataset_id", "me/pairs")
