@@ -426,7 +426,7 @@ def test_only_edit_and_mask_are_offered_over_http(client):
 @pytest.mark.parametrize("path", [str(Path(__file__).parents[1] / "pyproject.toml"), "/etc/hostname"])
 def test_a_path_of_the_server_is_no_picture(address, path):
     given = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    settings = [1, 0.7, None, None, "", None, None, None, None, None, None, False, False]
+    settings = [1, 0.7, *[""] * 9, False, False]
     for data in ([given, PROMPT, "red ball", "", None, *settings], [None, PROMPT, "", "", given, *settings]):
         event = httpx.post(f"{address}gradio_api/call/edit", json={"data": data}).json()["event_id"]
         answer = httpx.get(f"{address}gradio_api/call/edit/{event}").text

@@ -820,7 +820,7 @@ def _read_edit(args: argparse.Namespace) -> tuple[Image.Image, dict[str, Any]]:
 
 
 def _settle(
-    pipe: "IEditPipeline | LocalEditor", image: Image.Image, given: dict[str, Any], whole_frame: bool
+    pipe: "IEditPipeline | LocalEditor", image: "Image.Image | Photo", given: dict[str, Any], whole_frame: bool
 ) -> "tuple[Photo, list[str]]":
     """Settle the arguments of the edit. Returns the picture as the pipeline takes it, and as `_settle_region`."""
     from .pipeline import IEditPipeline

@@ -77,6 +77,7 @@ CHOOSE_BRUSH = f"""() => document.addEventListener("pointerdown", (event) => {{
 CSS = """
 /* Room for the bar that shows how far an edit is. */
 #told { min-height: 4rem }
+#gallery .grid-wrap { height: auto; min-height: 0 }
 """
 
 # What is asked of every edit, and what else may be, by the names of the command's options.
@@ -96,8 +97,8 @@ SETTINGS = (
 )
 # Those of them that are never left empty, so that the command need not say what it does anyway.
 DEFAULTS = {"strength": inspect.signature(IEditPipeline.__call__).parameters["strength"].default}
-# Those of them that need no unfolding.
-IN_SIGHT = ("strength",)
+# How all of them stand on a new page.
+EMPTY: dict[str, Any] = dict.fromkeys(SETTINGS, "") | DEFAULTS | {"whole-frame": False, "fast": False}
 # Those of them that are for a mask that is found: what is painted is meant as it is.
 OF_FOUND_MASKS = ("mask-threshold", "mask-dilation")
 
@@ -250,7 +251,7 @@ class Example:
 def _upload(**options) -> gr.Image:
     """An upload of a picture, given on as it is: gradio would open it, in any format and of any size."""
     component = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], **options)
-    component.preprocess = lambda payload: None if payload is None else payload.path
+    component.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
     return component
 
 
@@ -261,7 +262,7 @@ def _preview(photo: Photo) -> Image.Image:
     scale = min(max(smallest / max(image.size), 1), largest / max(image.size))
     if scale == 1:
         return image
-    size = tuple(max(round(side * scale), 1) for side in image.size)
+    size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
     return image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
 
 
@@ -423,7 +424,7 @@ class Demo:
             is_default = value is None or value == "" or value is False or value == DEFAULTS.get(name)
             if is_default or (name in OF_FOUND_MASKS and where not in (BY_WORDS, BY_CHANGES)):
                 continue
-            values[name] = int(value) if isinstance(value, float) and value.is_integer() else value
+            values[name] = value
         if not values["prompt"] and where != BY_WORDS:
             raise cli.UserError("Say in the prompt what the picture shows after the edit.")
         if where == BY_WORDS and not values["mask-prompt"]:
@@ -524,7 +525,7 @@ class Page:
     def open_example(self, session: Session, number: int):
         example = self.examples[number]
         session.open(self.demo.read(str(_example_file(example))))
-        settings = [gr.update(value=example.settings.get(name)) for name in SETTINGS]
+        settings = [gr.update(value=value) for value in (EMPTY | example.settings).values()]
         return *self._picture(session), example.prompt, BY_WORDS, example.words, *settings
 
     @_in_sentences
@@ -677,15 +678,15 @@ class Page:
         mask: str | None = None,
         num_images: int = 1,
         strength: float = DEFAULTS["strength"],
-        steps: int | None = None,
-        guidance_scale: float | None = None,
+        steps: str | None = None,
+        guidance_scale: str | None = None,
         negative_prompt: str | None = None,
-        seed: int | None = None,
-        mask_threshold: float | None = None,
-        mask_dilation: int | None = None,
-        mask_feather: int | None = None,
-        crop_padding: int | None = None,
-        processing_resolution: int | None = None,
+        seed: str | None = None,
+        mask_threshold: str | None = None,
+        mask_dilation: str | None = None,
+        mask_feather: str | None = None,
+        crop_padding: str | None = None,
+        processing_resolution: str | None = None,
         whole_frame: bool = False,
         fast: bool = False,
         progress=gr.Progress(),  # noqa: B008
@@ -719,8 +720,8 @@ class Page:
         prompt: str | None = None,
         words: str | None = None,
         caption: str | None = None,
-        mask_threshold: float | None = None,
-        mask_dilation: int | None = None,
+        mask_threshold: str | None = None,
+        mask_dilation: str | None = None,
     ):
         """Finds where a picture would be edited: a mask in its size, white where."""
         source = self._read(image)
@@ -738,7 +739,7 @@ class Page:
 def mini_examples() -> list[Example]:
     """Pictures of the mini world, a large one among them."""
     small, large = mini.render(seed=22), mini.render_large(seed=2, grid=5)
-    room = {"mask-dilation": 2}
+    room = {"mask-dilation": "2"}
     return [
         Example(small.image, "ball", small.swap(thing="cat").caption, small.thing.name, room),
         Example(large.image, "large", large.swap(colour="blue").caption, large.thing.name, room),
@@ -752,37 +753,39 @@ def _example_file(example: Example) -> Path:
 
 
 def _controls(demo: Demo) -> dict[str, Any]:
-    """What a setting is made with, by its name. Left empty, it is the command's default."""
+    """The settings by their names. What is left empty is the command's default, and what is wrong, it says."""
 
-    def number(label: str, info: str, **options):
-        return functools.partial(gr.Number, value=None, label=label, info=info, **options)
+    def entry(name: str, label: str, info: str, usual: str = "") -> gr.Textbox:
+        # Not `gr.Number`, which cannot be empty.
+        shown = name not in demo.not_taken
+        return gr.Textbox(label=label, info=info, placeholder=usual, max_lines=1, min_width=160, visible=shown)
 
-    return {
-        "strength": functools.partial(
-            gr.Slider,
-            0.05,
-            1,
-            value=DEFAULTS["strength"],
-            step=0.05,
-            label="Strength",
-            info="How far to go from the picture.",
-        ),
-        "steps": number("Steps", f"More take longer. Empty: {demo.num_steps}.", precision=0),
-        "guidance-scale": number("Guidance", "How closely to follow the prompt. Empty: the model's own."),
-        "negative-prompt": functools.partial(gr.Textbox, label="What not to show"),
-        "seed": number("Seed", "The same one gives the same result. Empty: a new one.", precision=0),
-        "mask-threshold": number("Mask threshold", "How sure the words have to be, 0 to 1. Empty: 0.5."),
-        "mask-dilation": number("Grow the mask", "In pixels; gives new things room.", precision=0),
-        "mask-feather": number("Feather the mask", "In pixels; softens its edge.", precision=0),
-        "crop-padding": number("Crop padding", "Context around the mask, in pixels. Empty: automatic.", precision=0),
-        "processing-resolution": number("Resolution", "Longer side of the edit, in pixels.", precision=0),
-        "fast": functools.partial(
-            gr.Checkbox, value=False, label="Fast", info="A quarter of the steps, and less guidance."
-        ),
-        "whole-frame": functools.partial(
-            gr.Checkbox, value=False, label="Whole frame", info="Edit all of a large picture at once."
-        ),
-    }
+    with gr.Row():
+        entries = {
+            "steps": entry("steps", "Steps", "More take longer.", str(demo.num_steps)),
+            "guidance-scale": entry("guidance-scale", "Guidance", "How closely to follow the prompt."),
+            "negative-prompt": entry("negative-prompt", "Negative prompt", "What not to show."),
+            "seed": entry("seed", "Seed", "The same one gives the same results.", "a new one"),
+            "mask-threshold": entry("mask-threshold", "Mask threshold", "How sure words have to be, 0 to 1.", "0.5"),
+            "mask-dilation": entry("mask-dilation", "Grow the mask", "By pixels, for the new thing.", "0"),
+            "mask-feather": entry("mask-feather", "Feather the mask", "Over pixels, for a soft edge.", "0"),
+            "crop-padding": entry("crop-padding", "Crop padding", "Pixels seen around the mask.", "automatic"),
+            "processing-resolution": entry(
+                "processing-resolution", "Resolution", "Longer side of the edit, in pixels.", "the model's"
+            ),
+        }
+    with gr.Row():
+        return entries | {
+            "whole-frame": gr.Checkbox(
+                label="Whole frame", info="Edit all of a large picture at once.", min_width=160
+            ),
+            "fast": gr.Checkbox(
+                label="Fast",
+                info="A quarter of the steps, and less guidance.",
+                min_width=160,
+                visible="fast" not in demo.not_taken,
+            ),
+        }
 
 
 def build(demo: Demo, examples: Sequence[Example] = ()) -> gr.Blocks:
@@ -796,7 +799,6 @@ def build(demo: Demo, examples: Sequence[Example] = ()) -> gr.Blocks:
     # One run at a time: edits, masks and captions stand in one queue.
     on_device: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
     at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    made = _controls(demo)
 
     with gr.Blocks(
         title="iedit", analytics_enabled=False, delete_cache=(CLEANED_SECONDS, KEPT_SECONDS), fill_width=True
@@ -856,17 +858,22 @@ def build(demo: Demo, examples: Sequence[Example] = ()) -> gr.Blocks:
                         "Write it for me", size="sm", visible=demo.pipe.captioner is not None, elem_id="write"
                     )
                 show = gr.Button("Show the mask", elem_id="show")
-                settings = {name: made[name](visible=name not in demo.not_taken) for name in IN_SIGHT}
+                strength = gr.Slider(
+                    0.05,
+                    1,
+                    value=DEFAULTS["strength"],
+                    step=0.05,
+                    label="Strength",
+                    info="How far to go from the picture.",
+                    visible="strength" not in demo.not_taken,
+                    elem_id="strength",
+                )
                 num_images = gr.Slider(1, 4, value=4, step=1, label="Results", elem_id="count")
                 with gr.Row():
                     run = gr.Button("Edit", variant="primary", elem_id="run")
                     stop = gr.Button("Stop", elem_id="stop")
-                with gr.Accordion("More settings", open=False), gr.Row():
-                    settings |= {
-                        name: made[name](min_width=150, visible=name not in demo.not_taken)
-                        for name in SETTINGS
-                        if name not in IN_SIGHT
-                    }
+                with gr.Accordion("More settings", open=False):
+                    settings = {"strength": strength} | _controls(demo)
             with gr.Column(min_width=320):
                 told = gr.Markdown("The results will stand here.", elem_id="told")
                 slider = gr.ImageSlider(
@@ -961,7 +968,17 @@ def launch(blocks: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, 
         `UserError`: If the port is taken.
     """
     font = ("system-ui", "sans-serif")
-    theme = gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace"))
+    # Darker than gradio's own, for contrast.
+    theme = gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace")).set(
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+    )
     try:
         _, local, public = blocks.launch(
             server_name=host,
@@ -1028,4 +1045,6 @@ def _check_port(host: str, port: int | None) -> None:
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
-        raise cli.UserError(f"--port {port}: cannot be listened at on {host} ({os.strerror(error.errno)})") from error
+        raise cli.UserError(
+            f"--port {port}: cannot be listened at on {host} ({os.strerror(error.errno or 0)})"
+        ) from error
