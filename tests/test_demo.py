@@ -471,7 +471,7 @@ def test_a_space_starts_and_ends_cleanly(tmp_path, number):
         files, _ = client.predict(picture, PROMPT, words="red ball", num_images=1, steps="2", api_name="/edit")
         assert Image.open(files[0]).size == (64, 64)
         large = gradio_client.handle_file(saved(tmp_path, "large.png", SCENE.image.resize((101, 100))))
-        with pytest.raises(gradio_client.exceptions.AppError, match="larger than 0.01 megapixels"):
+        with pytest.raises(gradio_client.exceptions.AppError, match=r"larger than 0\.01 megapixels"):
             client.predict(large, PROMPT, api_name="/edit")
     finally:
         server.send_signal(number)
