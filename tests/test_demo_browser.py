@@ -20,7 +20,7 @@ PROMPT = "an orange car and a red cat on green grass"
 SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 
 # Of one wait for the server, which may share its cores with other tests.
-TIMEOUT = 40_000
+TIMEOUT = 20_000
 
 
 @pytest.fixture(scope="module")
