@@ -48,7 +48,10 @@ class Person:
         scene.mask.save(self.mask)
         self.inside = np.asarray(scene.mask) > 0
         self.steps = steps
-        self.client = gradio_client.Client(address, verbose=False, download_files=folder / f"results-{number}")
+        # While the server computes on all cores, an answer takes longer than the client's usual five seconds.
+        patience = {"timeout": 600}
+        results = folder / f"results-{number}"
+        self.client = gradio_client.Client(address, verbose=False, download_files=results, httpx_kwargs=patience)
 
     def edit(self) -> str:
         """What came of an edit: `right`, `wrong`, `busy`, or another error."""

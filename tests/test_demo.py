@@ -2,8 +2,11 @@
 
 import inspect
 import io
+import os
 import shlex
+import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import httpx
 import icc_profiles
 import numpy as np
 import pytest
+import yaml
 from gradio.route_utils import delete_files_created_by_app
 from PIL import Image, ImageDraw
 
@@ -401,7 +405,7 @@ def client(address):
 def test_a_client_edits_a_picture_in_one_call(client, tmp_path, monkeypatch):
     picture = gradio_client.handle_file(saved(tmp_path))
     files, line = client.predict(
-        picture, PROMPT, words="red ball", num_images=2, steps=STEPS, seed=5, api_name="/edit"
+        picture, PROMPT, words="red ball", num_images=2, steps=str(STEPS), seed="5", api_name="/edit"
     )
     assert [Path(file).name for file in files] == ["ball-edit1-1.png", "ball-edit1-2.png"]
     run_commands(line, monkeypatch, tmp_path)
@@ -412,7 +416,9 @@ def test_a_client_passes_a_mask_or_asks_for_one(client, tmp_path):
     picture = gradio_client.handle_file(saved(tmp_path))
     mask = client.predict(picture, PROMPT, words="red ball", api_name="/mask")
     found = np.asarray(Image.open(mask)) > 0
-    files, _ = client.predict(picture, PROMPT, mask=gradio_client.handle_file(mask), steps=STEPS, api_name="/edit")
+    files, _ = client.predict(
+        picture, PROMPT, mask=gradio_client.handle_file(mask), steps=str(STEPS), api_name="/edit"
+    )
     assert not (pixels(files[0]) != np.asarray(SCENE.image, dtype=int))[~found].any()
     with pytest.raises(gradio_client.exceptions.AppError, match="only one of"):
         client.predict(picture, PROMPT, words="ball", caption="a ball", api_name="/edit")
@@ -440,8 +446,42 @@ def test_what_was_uploaded_and_made_is_removed_and_the_examples_stay(blocks, cli
         return {file.name for file in folder_of_gradio.rglob("*") if file.is_file()}
 
     picture = gradio_client.handle_file(saved(tmp_path, "mine.png"))
-    client.predict(picture, PROMPT, num_images=1, steps=STEPS, api_name="/edit")
+    client.predict(picture, PROMPT, num_images=1, steps=str(STEPS), api_name="/edit")
     assert {"mine.png", "mine-edit1.png", "ball.png"} <= names()
     assert blocks.delete_cache == (demo.CLEANED_SECONDS, demo.KEPT_SECONDS)
     delete_files_created_by_app(blocks, age=-1)
     assert names() == {"ball.png", "large.png"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_space_starts_and_ends_cleanly(tmp_path, number):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {"MODEL_ID": "mini", "MAX_MEGAPIXELS": "0.01", "GRADIO_SERVER_PORT": str(port), "TMPDIR": str(tmp_path)}
+    settings |= {"GRADIO_SERVER_NAME": "127.0.0.1", "PYTHONPATH": str(Path(demo.__file__).parents[1])}
+    space = Path(__file__).parents[1] / "examples/space"
+    server = subprocess.Popen(
+        [sys.executable, "app.py"], cwd=space, env=os.environ | settings, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout.readline() == f"http://127.0.0.1:{port}/: Ctrl-C ends it\n"
+        client = gradio_client.Client(f"http://127.0.0.1:{port}/", verbose=False)
+        picture = gradio_client.handle_file(saved(tmp_path))
+        files, _ = client.predict(picture, PROMPT, words="red ball", num_images=1, steps="2", api_name="/edit")
+        assert Image.open(files[0]).size == (64, 64)
+        large = gradio_client.handle_file(saved(tmp_path, "large.png", SCENE.image.resize((101, 100))))
+        with pytest.raises(gradio_client.exceptions.AppError, match=r"larger than 0\.01 megapixels"):
+            client.predict(large, PROMPT, api_name="/edit")
+    finally:
+        server.send_signal(number)
+    assert server.wait(timeout=60) == 0
+    assert not list(tmp_path.glob("iedit-demo-*"))
+
+
+def test_a_space_says_what_the_hub_reads(tmp_path):
+    header = yaml.safe_load((Path(__file__).parents[1] / "examples/space/README.md").read_text().split("---")[1])
+    assert header["sdk"] == "gradio"
+    assert header["app_file"] == "app.py"
+    assert header["sdk_version"] == gr.__version__
+    assert len(header["short_description"]) <= 60

@@ -125,8 +125,7 @@ def stroke(page, start, end):
     centre = [box["x"] + box["width"] / 2, box["y"] + box["height"] / 2]
     page.wait_for_function("([x, y]) => document.elementFromPoint(x, y)?.matches('canvas')", arg=centre)
     zoom = int(page.locator("#canvas").get_by_text(re.compile(r"^\d+%$")).inner_text().rstrip("%")) / 100
-    # Above the picture lies the bar of tools.
-    left, top = box["x"] + (box["width"] - 512 * zoom) / 2, box["y"] + 30
+    left, top = box["x"] + (box["width"] - 512 * zoom) / 2, box["y"] + (box["height"] - 512 * zoom) / 2
     for number, (x, y) in enumerate((start, end)):
         page.mouse.move(left + 512 * zoom * x, top + 512 * zoom * y, steps=8)
         (page.mouse.up if number else page.mouse.down)()

@@ -251,7 +251,11 @@ class Example:
 def _upload(**options) -> gr.Image:
     """An upload of a picture, given on as it is: gradio would open it, in any format and of any size."""
     component = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], **options)
-    component.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
+
+    def as_it_is(payload: Any) -> Any:
+        return None if payload is None else payload.path
+
+    component.preprocess = as_it_is  # type: ignore[method-assign]
     return component
 
 
