@@ -158,7 +158,9 @@ def _around_marked(mask: torch.Tensor, margin: int) -> torch.Tensor:
 
 
 def _grow(mask: torch.Tensor, radius: int) -> torch.Tensor:
-    # Two one-dimensional windows give the square at a cost that grows with its side, not its area.
+    # Farther than from edge to edge it cannot grow. Two one-dimensional windows give the square at a cost that grows
+    # with its side, not its area.
+    radius = min(radius, max(mask.shape[-2:]))
     window = 2 * radius + 1
     mask = F.max_pool2d(mask, (window, 1), stride=1, padding=(radius, 0))
     return F.max_pool2d(mask, (1, window), stride=1, padding=(0, radius))
