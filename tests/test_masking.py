@@ -140,3 +140,4 @@ def test_feather_wider_than_the_mask_takes_no_longer_than_the_mask_is_deep():
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 20:40, 20:40] = 1
     assert torch.equal(feather(mask, 10**9) > 0, mask > 0)
+    assert torch.equal(feather(mask, 10**20) > 0, mask > 0)

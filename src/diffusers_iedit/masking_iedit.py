@@ -459,7 +459,8 @@ def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
         if not eroded.any():
             break
         total = total + eroded
-    part.copy_(total / (width + 1))
+    # PyTorch takes no whole numbers from 2**64 on.
+    part.copy_(total / float(width + 1))
     return feathered
 
 
