@@ -174,6 +174,16 @@ def test_the_options_of_the_command_are_for_jobs_that_do_not_say_otherwise(pictu
     assert outputs(tmp_path / "out") == outputs(tmp_path / "said")
 
 
+def test_what_a_job_says_is_false_is_not_done_though_the_command_asks_for_it(pictures, tmp_path):
+    plain = {"image": "0.png", "prompt": PROMPT, "mask": "0-mask.png", "seed": 5, "steps": 2}
+    jobs = [plain, plain | {"fast": None, "output": "null.png"}, plain | {"fast": False, "output": "slow.png"}]
+    assert batch(write_jobs(pictures, jobs, "off"), tmp_path / "out", "--fast") == 0
+    assert batch(write_jobs(pictures, [plain], "plain"), tmp_path / "plain") == 0
+    edited = outputs(tmp_path / "out")
+    assert edited["000001.png"] == edited["null.png"] != edited["slow.png"]
+    assert edited["slow.png"] == outputs(tmp_path / "plain")["000001.png"]
+
+
 def test_jobs_of_one_kind_and_size_are_edited_together_if_asked(pictures, jobs_file, tmp_path, edits, undisturbed):
     assert batch(jobs_file, tmp_path / "plain", "--batch-size", 4) == 0
     assert edits == [4, 2]

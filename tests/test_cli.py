@@ -641,6 +641,13 @@ def test_more_steps_than_the_model_was_trained_with(refused, model):
     assert "5000" in message
 
 
+def test_an_error_inside_of_diffusers_is_one_line(refused):
+    # The noise of the first step is that of a time step after the last.
+    options = ("--model", "mini", "--steps", "1000", "--strength", "1")
+    message = refused("edit", "in.png", "car", "-o", "out.png", *options)
+    assert "diffusers.schedulers.scheduling_ddim fails: IndexError: index 1000 is out of bounds" in message
+
+
 @pytest.mark.parametrize("command", [["edit", "in.png", "car"], ["mask", "in.png"]])
 def test_nothing_found(folder, refused, model, command):
     Image.new("RGB", (64, 48), "red").save("in.png")

@@ -110,6 +110,14 @@ def test_dilate_grows_by_the_radius_and_keeps_soft_values():
     assert torch.equal(dilate(mask, 0), mask)
 
 
+def test_dilate_by_more_than_the_mask_is_wide_takes_no_longer_than_to_fill_it():
+    mask = torch.zeros(1, 1, 9, 40)
+    mask[..., 4, 0] = 1.0
+    assert dilate(mask, 10**9).eq(1).all()
+    assert dilate(mask, 39).eq(1).all()
+    assert not dilate(mask, 38).eq(1).all()
+
+
 def test_feather_ramps_inside_the_mask_only():
     mask = torch.zeros(1, 1, 1, 12)
     mask[..., 2:10] = 1
@@ -132,3 +140,4 @@ def test_feather_wider_than_the_mask_takes_no_longer_than_the_mask_is_deep():
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 20:40, 20:40] = 1
     assert torch.equal(feather(mask, 10**9) > 0, mask > 0)
+    assert torch.equal(feather(mask, 10**20) > 0, mask > 0)

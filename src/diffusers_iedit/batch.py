@@ -163,8 +163,8 @@ def read_jobs(
     home = os.path.realpath(output_dir)
     for number, values in source.rows:
         try:
-            # What is null or false says as little as what is not there.
-            given = {name: value for name, value in values.items() if value is not None and value is not False}
+            # What is null says as little as what is not there.
+            given = {name: value for name, value in values.items() if value is not None}
             pictures = {name: value for name, value in given.items() if isinstance(value, Picture)}
             texts = {name: str(value) for name, value in pictures.items()}
             options = {"seed": number} | parse({"output": f"{number:06}.png"} | given | texts) | pictures

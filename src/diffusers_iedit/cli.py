@@ -729,8 +729,8 @@ def _notes():
 
 @contextlib.contextmanager
 def _pipeline_errors(pipe: "IEditPipeline | LocalEditor"):
-    """Make user errors of the `ValueError`s with which pipeline and scheduler refuse arguments, and of what a device
-    lacks, memory or precision; of no others.
+    """Make user errors of the `ValueError`s with which pipeline and scheduler refuse arguments, of what a device
+    lacks, memory or precision, and of what fails inside of diffusers; of no others.
     """
     import torch
 
@@ -743,11 +743,17 @@ def _pipeline_errors(pipe: "IEditPipeline | LocalEditor"):
         raise UserError(
             "the GPU has too little memory: take a smaller --processing-resolution, fewer --num-images or --device cpu"
         ) from error
-    except ValueError as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if frame.f_globals["__name__"].partition(".")[0] not in ("diffusers", __package__):
-            raise
-        raise UserError(str(error)) from error
+    except Exception as error:
+        modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+        # Where PyTorch or Transformers fail, it is for their caller.
+        *_, module = [name for name in modules if name.partition(".")[0] not in ("torch", "transformers")]
+        package = module.partition(".")[0]
+        if isinstance(error, ValueError) and package in ("diffusers", __package__):
+            raise UserError(str(error)) from error
+        if package == "diffusers":
+            # Some arguments pass all checks and fail on the way, as the noise of a time step after the last.
+            raise UserError(f"{module} fails: {_in_one_line(error)}") from error
+        raise
 
 
 def _read_notes(path: Path, image: Image.Image, output: Path) -> list[str]:
@@ -1008,7 +1014,10 @@ def _parse_job(parser: _JobParser, defaults: dict[str, Any], values: dict[str, A
     for key, value in values.items():
         if not isinstance(value, (str, int, float)):
             raise UserError(f"{key!r} has to be a text, a number or true, but is {value!r:.40}")
-    argv = [f"--{key}" if value is True else f"--{key}={value}" for key, value in values.items()]
+    # What is false is not to be done, though the command's own options ask for it.
+    off = {key.replace("-", "_") for key, value in values.items() if value is False}
+    defaults = {name: value for name, value in defaults.items() if name not in off}
+    argv = [f"--{key}" if value is True else f"--{key}={value}" for key, value in values.items() if value is not False]
     read, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].removeprefix("--").partition("=")[0]

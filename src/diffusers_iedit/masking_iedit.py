@@ -158,7 +158,9 @@ def _around_marked(mask: torch.Tensor, margin: int) -> torch.Tensor:
 
 
 def _grow(mask: torch.Tensor, radius: int) -> torch.Tensor:
-    # Two one-dimensional windows give the square at a cost that grows with its side, not its area.
+    # Farther than from edge to edge it cannot grow. Two one-dimensional windows give the square at a cost that grows
+    # with its side, not its area.
+    radius = min(radius, max(mask.shape[-2:]))
     window = 2 * radius + 1
     mask = F.max_pool2d(mask, (window, 1), stride=1, padding=(radius, 0))
     return F.max_pool2d(mask, (1, window), stride=1, padding=(0, radius))
@@ -457,7 +459,8 @@ def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
         if not eroded.any():
             break
         total = total + eroded
-    part.copy_(total / (width + 1))
+    # PyTorch takes no whole numbers from 2**64 on.
+    part.copy_(total / float(width + 1))
     return feathered
 
 
