@@ -85,7 +85,7 @@ def run(jobs: Path, output_dir: Path, pipe, options: list[str]) -> tuple[float, 
 
 def main() -> None:
     args = parse_args()
-    pipe = cli._load_pipeline("mini", "cpu", None, True, False, False, {})
+    pipe = cli._load_pipeline("mini", "cpu", "auto", True, False, False, {})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         jobs = write_jobs(folder, args.jobs)
