@@ -141,6 +141,7 @@ def ball(tmp_path):
     return tmp_path / "ball.png"
 
 
+@both_widths
 def test_drop_say_see_paint_edit_compare_go_on_and_download(page, ball, tmp_path):
     drop_picture(page, ball)
     write(page, "prompt", PROMPT)
