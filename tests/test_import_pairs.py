@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from unittest import mock
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -224,6 +225,15 @@ def test_other_sets_say_what_their_columns_hold(tmp_path, truth):
         np.testing.assert_array_equal(array(opened(row["mask"])), pair.mask)
 
 
+def test_pictures_may_be_files_that_texts_name(tmp_path, truth):
+    for name, scene in (("a.png", truth[0].before), ("b.png", truth[0].after)):
+        scene.image.save(tmp_path / name)
+    datasets.Dataset.from_dict({"a": ["a.png"], "b": ["b.png"]}).to_parquet(tmp_path / "set.parquet")
+    (row,), _ = read(tmp_path / "set.parquet", source_column="a", target_column="b")
+    np.testing.assert_array_equal(array(opened(row["image"])), array(truth[0].before.image))
+    np.testing.assert_array_equal(array(opened(row["target"])), array(truth[0].after.image))
+
+
 def write_folder(folder, truth, texts):
     folder.mkdir()
     for number, (pair, text) in enumerate(zip(truth, texts, strict=True)):
@@ -245,6 +255,13 @@ def test_a_folder_of_pairs_has_instructions_where_that_is_said(tmp_path, truth):
     folder = write_folder(tmp_path / "set", truth, [pair.instruction for pair in truth])
     rows = read(folder, instruction_column="txt")[0]
     assert [(row["prompt"], row["instruction"]) for row in rows] == [(None, pair.instruction) for pair in truth]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_folder_of_pairs_has_texts_as_editors_write_them(tmp_path, truth, encoding):
+    folder = write_folder(tmp_path / "set", truth[:1], [""])
+    (folder / "0.txt").write_text("ein süßer Hund", encoding=encoding)
+    assert [row["prompt"] for row in read(folder)[0]] == ["ein süßer Hund"]
 
 
 def test_a_folder_of_pairs_may_have_masks(tmp_path, truth):
@@ -437,6 +454,11 @@ def test_pictures_of_another_aspect_are_compared_by_what_clipseg_finds(tmp_path,
         ("magicbrush", {"caption_model": "/no/such"}, "`caption_model` '/no/such'"),
         ("magicbrush", {"format": "ultraedit"}, "`format` ultraedit does not fit source .*mask_img.*`source_column`"),
         ("magicbrush", {"prompt_column": "pigs"}, "`prompt_column` 'pigs' is no column of source"),
+        (
+            "ultraedit",
+            {"source_column": "source_image", "target_column": "source_image"},
+            "`source_column` and `target_column` are both 'source_image' of source",
+        ),
         ("magicbrush", {"prompt_column": "turn_index"}, "`prompt_column` 'turn_index' has to hold text, but holds"),
         ("magicbrush", {"mask_column": "turn_index"}, "`mask_column` 'turn_index' has to hold images or runs"),
         ("magicbrush", {"mask_column": "instruction"}, "No pair is left|No image of the source is fit"),
