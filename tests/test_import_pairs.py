@@ -278,6 +278,21 @@ def test_a_pair_without_its_second_picture_is_left_out_and_counted(tmp_path, tru
     assert dropped == {"target_missing": 1}
 
 
+def test_of_a_folder_of_pairs_only_files_are_pairs(tmp_path, truth):
+    folder = write_folder(tmp_path / "set", truth[:1], ["a caption"])
+    for name in ("1_before.png", "1_after.png", "1.txt"):
+        (folder / name).mkdir()
+    rows, dropped = read(folder)
+    assert len(rows) == 1
+    assert not dropped
+
+
+def test_pictures_that_are_called_otherwise_are_no_folder_of_pairs(tmp_path, truth):
+    truth[0].before.image.save(tmp_path / "old.png")
+    with pytest.raises(ValueError, match=r"`target_column`\. Pairs of picture files are called a_before.png"):
+        read(tmp_path)
+
+
 # What is left out
 
 

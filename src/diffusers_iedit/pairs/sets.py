@@ -45,7 +45,7 @@ def _is_folder_of_pairs(path: str) -> bool:
 
 
 def _folder_rows(folder: str, columns: tuple[str, ...]) -> Iterator[dict]:
-    names = sorted(os.listdir(folder))
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
     # Without their ends; of several pictures of one name the first.
     pictures = {Path(name).stem: name for name in reversed(names) if not name.endswith(".txt")}
     texts = {Path(name).stem: name for name in names if name.endswith(".txt")}
@@ -246,7 +246,10 @@ class PairCollection:
                 raise ValueError(f"`{role}_column` {name!r} is no column of {there}.")
         if missing := [f"`{role}_column`" for role in ("source", "target") if role not in found]:
             what = f"`format` {self.options.format} does not fit" if self.options.format else "No known format fits"
-            raise ValueError(f"{what} {there}. Say which they are by {' and '.join(missing)}.")
+            # What `datasets` makes of a folder of nothing but pictures.
+            bare = not {*columns} - {"image", "label"}
+            named = " Pairs of picture files are called a_before.png and a_after.png, in one folder." if bare else ""
+            raise ValueError(f"{what} {there}. Say which they are by {' and '.join(missing)}.{named}")
 
     def rows(self, stream: datasets.IterableDataset, options: ReadPairsOptions, dropped: Counter) -> Iterator[dict]:
         """The fit rows of a stream of `open`, with the columns of `schema`; others are counted in `dropped`."""
