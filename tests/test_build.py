@@ -447,6 +447,8 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path, pool):
     ):
         build(tmp_path, options(pool), redo="read")
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(ValueError, match=r"`output_dir` has to be a folder that can be written to, got .*thesis.txt"):
+        build(tmp_path / "thesis.txt", options(pool))
 
 
 def test_an_output_folder_inside_the_source_is_refused(tmp_path):

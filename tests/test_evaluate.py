@@ -339,6 +339,13 @@ def test_a_base_that_is_gone_is_named_with_who_names_it_and_only_if_it_is_needed
     assert parse_variant("iedit", settings).models == (settings.model,)
 
 
+def test_a_flow_matching_model_is_told_how_it_is_compared(trained, models):
+    settings = Settings(model=trained("mini-sd3"))
+    assert settings.base_model == "mini-sd3"
+    with pytest.raises(ValueError, match=r"`base_model` 'mini-sd3' is a .* edits as editor:mini-sd3\."):
+        parse_variant("sdedit", settings).method_class(models).load(settings)
+
+
 # A whole evaluation
 
 

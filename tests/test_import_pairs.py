@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from unittest import mock
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -224,6 +225,15 @@ def test_other_sets_say_what_their_columns_hold(tmp_path, truth):
         np.testing.assert_array_equal(array(opened(row["mask"])), pair.mask)
 
 
+def test_pictures_may_be_files_that_texts_name(tmp_path, truth):
+    for name, scene in (("a.png", truth[0].before), ("b.png", truth[0].after)):
+        scene.image.save(tmp_path / name)
+    datasets.Dataset.from_dict({"a": ["a.png"], "b": ["b.png"]}).to_parquet(tmp_path / "set.parquet")
+    (row,), _ = read(tmp_path / "set.parquet", source_column="a", target_column="b")
+    np.testing.assert_array_equal(array(opened(row["image"])), array(truth[0].before.image))
+    np.testing.assert_array_equal(array(opened(row["target"])), array(truth[0].after.image))
+
+
 def write_folder(folder, truth, texts):
     folder.mkdir()
     for number, (pair, text) in enumerate(zip(truth, texts, strict=True)):
@@ -247,6 +257,13 @@ def test_a_folder_of_pairs_has_instructions_where_that_is_said(tmp_path, truth):
     assert [(row["prompt"], row["instruction"]) for row in rows] == [(None, pair.instruction) for pair in truth]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_folder_of_pairs_has_texts_as_editors_write_them(tmp_path, truth, encoding):
+    folder = write_folder(tmp_path / "set", truth[:1], [""])
+    (folder / "0.txt").write_text("ein süßer Hund", encoding=encoding)
+    assert [row["prompt"] for row in read(folder)[0]] == ["ein süßer Hund"]
+
+
 def test_a_folder_of_pairs_may_have_masks(tmp_path, truth):
     folder = write_folder(tmp_path / "set", truth[:1], ["a caption"])
     small_import.white(truth[0]).save(folder / "0_mask.png")
@@ -259,6 +276,21 @@ def test_a_pair_without_its_second_picture_is_left_out_and_counted(tmp_path, tru
     rows, dropped = read(folder)
     assert len(rows) == 1
     assert dropped == {"target_missing": 1}
+
+
+def test_of_a_folder_of_pairs_only_files_are_pairs(tmp_path, truth):
+    folder = write_folder(tmp_path / "set", truth[:1], ["a caption"])
+    for name in ("1_before.png", "1_after.png", "1.txt"):
+        (folder / name).mkdir()
+    rows, dropped = read(folder)
+    assert len(rows) == 1
+    assert not dropped
+
+
+def test_pictures_that_are_called_otherwise_are_no_folder_of_pairs(tmp_path, truth):
+    truth[0].before.image.save(tmp_path / "old.png")
+    with pytest.raises(ValueError, match=r"`target_column`\. Pairs of picture files are called a_before.png"):
+        read(tmp_path)
 
 
 # What is left out
@@ -437,6 +469,11 @@ def test_pictures_of_another_aspect_are_compared_by_what_clipseg_finds(tmp_path,
         ("magicbrush", {"caption_model": "/no/such"}, "`caption_model` '/no/such'"),
         ("magicbrush", {"format": "ultraedit"}, "`format` ultraedit does not fit source .*mask_img.*`source_column`"),
         ("magicbrush", {"prompt_column": "pigs"}, "`prompt_column` 'pigs' is no column of source"),
+        (
+            "ultraedit",
+            {"source_column": "source_image", "target_column": "source_image"},
+            "`source_column` and `target_column` are both 'source_image' of source",
+        ),
         ("magicbrush", {"prompt_column": "turn_index"}, "`prompt_column` 'turn_index' has to hold text, but holds"),
         ("magicbrush", {"mask_column": "turn_index"}, "`mask_column` 'turn_index' has to hold images or runs"),
         ("magicbrush", {"mask_column": "instruction"}, "No pair is left|No image of the source is fit"),

@@ -1,6 +1,7 @@
 """The mini SD3, a flow-matching model of the mini world: its folder, what it makes, and the script that trains it."""
 
 import importlib
+import logging
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Img2ImgPipeline
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors.torch import load_file
 from small_pairs import process_as_before
@@ -50,6 +52,17 @@ def test_mini_sd3_is_a_name_where_a_pipeline_is_named(pipe):
             assert module.dtype == torch.float32
             theirs = pipe.components[name].state_dict()
             assert all(torch.equal(weight, theirs[key]) for key, weight in module.state_dict().items())
+
+
+def test_that_a_folder_of_its_class_has_no_mask_model_is_no_news(capsys):
+    """`capsys` is what a handler of diffusers' that begins now writes into."""
+    handler = logging.StreamHandler()
+    diffusers_logging.add_handler(handler)
+    try:
+        loading.load_pipeline(DiffusionPipeline, mini.model_path("sd3"), "--model", mask_model=None, captioner=None)
+    finally:
+        diffusers_logging.remove_handler(handler)
+    assert "captioner" not in capsys.readouterr().err
 
 
 def test_mini_sd3_is_no_model_for_iedit_pipeline():

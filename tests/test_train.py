@@ -415,10 +415,12 @@ def test_train_blocks_chooses_what_of_a_transformer_is_trained(sd3_base, train_b
     assert group.keys() == {name for name, _ in family.model.named_parameters() if re.match(parts, name)}
 
 
-def test_a_transformer_with_a_single_block_has_no_middle_one(tmp_path, pairs, capsys):
+@pytest.mark.parametrize(("train_blocks", "rank"), [("alternate", 0), ("middle", 4)])
+def test_a_transformer_with_a_single_block_has_no_middle_one(tmp_path, pairs, capsys, train_blocks, rank):
     base = write_sd3_base(tmp_path / "base", layers=1)
-    message = error(arguments(pairs, base, tmp_path / "model", "--lora_rank", 0), capsys)
-    assert message == "`train_blocks` alternate: the transformer has no such blocks; all trains it."
+    argv = arguments(pairs, base, tmp_path / "model", "--train_blocks", train_blocks, "--lora_rank", rank)
+    message = error(argv, capsys)
+    assert message == f"`train_blocks` {train_blocks}: the transformer has no such blocks; all trains it."
 
 
 def test_a_stable_diffusion_3_is_trained_by_lora_unless_told_otherwise(tmp_path, pairs, sd3_base):
@@ -808,6 +810,9 @@ def error(argv, capsys):
             "`train_blocks` first is no part of a Stable Diffusion 1.x or 2.x, which has .*",
         ),
         (("--weighting_scheme", "mode"), "`weighting_scheme` is for flow-matching models, and .* is a Stable .*"),
+        (("--logit_std", "-1"), "--logit_std has to be 0 or more, got -1.0."),
+        (("--logit_mean", "nan"), "--logit_mean has to be a number, got nan."),
+        (("--mode_scale", "2"), "--mode_scale has to be between -1 and 1.752, got 2.0."),
         (("--logit_std", "0.5"), "`logit_std` is for flow-matching models, and .* is a Stable .*"),
         (("--checkpoints_total_limit", "0"), "--checkpoints_total_limit has to be 1 or more, got 0."),
         (("--resolution", "33"), "`resolution` has to be a multiple of 4, .*, got 33."),

@@ -463,6 +463,8 @@ def load_pipeline(
                 components[part] = _load(component_class, files, **options)
             except Exception as error:
                 raise ValueError(f"{part}: {_one_line(error)}") from error
+        # A class that has no such component would warn that it leaves None aside.
+        components = {part: value for part, value in components.items() if value is not None or part in expected}
         # That a stock class leaves mask model and captioner aside is no news where the package ships them.
         with _silent() if str(name) in SHIPPED_PIPELINES else nullcontext():
             return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **components)

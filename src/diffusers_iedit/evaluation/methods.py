@@ -26,7 +26,7 @@ from diffusers.utils import numpy_to_pil
 from PIL import Image
 
 from ..editor import LocalEditor, class_for_prompts
-from ..loading import load_finder, load_pipeline, read_index
+from ..loading import SHIPPED_PIPELINES, load_finder, load_pipeline, read_index
 from ..pipeline import IEditPipeline
 from .data import Example
 
@@ -60,7 +60,7 @@ def find_base(model: str) -> str:
         base, output_dir = trained["model"], Path(trained["output_dir"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} does not tell from what {model} was trained; `base_model` does.") from error
-    if base in ("mini", "mini-base"):
+    if base in SHIPPED_PIPELINES:
         return base
     starts, home = [Path()], str(Path(model).resolve())
     # A relative path is one from where the training ran, and from there the model's folder was `output_dir`.
@@ -217,8 +217,14 @@ class Method:
     def load(self, settings: Settings) -> None:
         """Loads what it uses, so that a model that is not there is found before any work is done."""
         for use in self.uses:
+            name = getattr(settings, use)
             try:
-                self.models.load(IEditPipeline, getattr(settings, use), f"`{use}`")
+                index = read_index(name, f"`{use}`")
+                if "unet" not in index:
+                    raise ValueError(
+                        f"`{use}` {name!r} is a {index['_class_name']}, by which `methods` edits as editor:{name}."
+                    )
+                self.models.load(IEditPipeline, name, f"`{use}`")
             except ValueError as error:
                 said = Path(settings.model) / TRAINING_ARGS
                 if use == "base_model" and said.exists():

@@ -42,9 +42,14 @@ def load_decoder(model: str) -> AutoencoderTiny:
 
 
 def add_lora(family: Family, rank: int, train_blocks: str) -> None:
-    """Freezes the model and adds LoRA layers of this rank to the attention layers of the blocks to train."""
+    """Freezes the model and adds LoRA layers of this rank to the attention layers of the blocks to train.
+
+    Raises:
+        ValueError: As `parameter_groups`.
+    """
     from peft import LoraConfig
 
+    parameter_groups(family, train_blocks)
     family.model.requires_grad_(False)
     parts = "|".join(family.part(part) for part in family.train_blocks[train_blocks])
     targets = rf"(?:{parts}).*{family.lora_layers}"

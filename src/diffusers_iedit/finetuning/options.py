@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 
@@ -257,6 +258,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--lora_rank has to be 0 or more, got {args.lora_rank}.")
     if not 0 <= args.caption_dropout <= 1:
         parser.error(f"--caption_dropout has to be between 0 and 1, got {args.caption_dropout}.")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and math.isnan(value):
+            parser.error(f"--{name} has to be a number, got {value}.")
+    if args.logit_std is not None and args.logit_std < 0:
+        parser.error(f"--logit_std has to be 0 or more, got {args.logit_std}.")
+    # Beyond, what is drawn is no time any more (https://huggingface.co/papers/2403.03206, Sec. 3.1).
+    if args.mode_scale is not None and not -1 <= args.mode_scale <= 2 / (math.pi - 2):
+        parser.error(f"--mode_scale has to be between -1 and {2 / (math.pi - 2):.3f}, got {args.mode_scale}.")
     terms = args.loss.split("+")
     if not set(terms) <= set(LOSS_TERMS) or len(set(terms)) < len(terms):
         known = ", ".join(LOSS_TERMS)

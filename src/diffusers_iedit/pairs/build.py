@@ -176,7 +176,12 @@ def _input_fingerprint(collection: CollectionOptions | PairCollection) -> str:
 def _claimed(output_dir: Path, options: Options | ImportOptions, name: str) -> Iterator[None]:
     """Keeps a folder for this build or import, if it is one to build in."""
     if not output_dir.is_dir():
-        output_dir.mkdir(parents=True)
+        try:
+            output_dir.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(
+                f"`output_dir` has to be a folder that can be written to, got {output_dir}: {error}"
+            ) from error
     # A build that was killed at once leaves no more than part of its manifest.
     elif (
         any(not file.name.startswith("manifest.json") for file in output_dir.glob("[!.]*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import json
@@ -44,19 +45,24 @@ def _is_folder_of_pairs(path: str) -> bool:
 
 
 def _folder_rows(folder: str, columns: tuple[str, ...]) -> Iterator[dict]:
-    names = sorted(os.listdir(folder))
-    for before in names:
-        stem, separator, _ = before.rpartition("_before.")
-        if not separator:
-            continue
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+    # Without their ends; of several pictures of one name the first.
+    pictures = {Path(name).stem: name for name in reversed(names) if not name.endswith(".txt")}
+    texts = {Path(name).stem: name for name in names if name.endswith(".txt")}
+    for stem in sorted(name.removesuffix("_before") for name in pictures if name.endswith("_before")):
         row: dict[str, Any] = dict.fromkeys(columns)
         for column in columns:
             if column == "txt":
-                if f"{stem}.txt" in names:
-                    row["txt"] = Path(folder, f"{stem}.txt").read_text(encoding="utf-8", errors="replace")
-            elif file := next((name for name in names if name.startswith(f"{stem}_{column}.")), None):
+                row["txt"] = _decode(Path(folder, texts[stem]).read_bytes()) if stem in texts else None
+            elif file := pictures.get(f"{stem}_{column}"):
                 row[column] = {"bytes": None, "path": file}
         yield row
+
+
+def _decode(text: bytes) -> str:
+    """A text file in UTF-8, or in the UTF-16 that editors of Windows write, which begins with a mark of its own."""
+    encoding = "utf-16" if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    return text.decode(encoding, errors="replace")
 
 
 def _stream_folder(folder: str) -> datasets.IterableDataset:
@@ -170,8 +176,8 @@ class PairCollection:
             texts = [found[role] for role in ROLES if role in found and role not in IMAGE_ROLES]
             stream = stream_tars(tars, images, texts)
         else:
-            # Runs of pixels stay as they are.
-            images = [name for name in images if not _holds_runs(stream.features[name])]
+            # Runs of pixels stay as they are; a text in the place of a picture is the path of one.
+            images = [name for name in images if name != found.get("mask") or not _holds_runs(stream.features[name])]
             stream = encoded_columns(stream, list(found.values()), images)
         return stream.rename_columns({column: role for role, column in found.items() if column != role})
 
@@ -230,13 +236,20 @@ class PairCollection:
 
     def _check_columns(self, found: dict[str, str], columns: list[str]) -> None:
         there = f"{self.argument} {self.path!r}; its columns: {', '.join(columns) or 'none'}"
+        roles = {column: role for role, column in reversed(found.items())}
+        for role, column in found.items():
+            if roles[column] != role:
+                raise ValueError(f"`{roles[column]}_column` and `{role}_column` are both {column!r} of {there}.")
         for role in ROLES:
             name = getattr(self.options, f"{role}_column")
             if name is not None and role not in found:
                 raise ValueError(f"`{role}_column` {name!r} is no column of {there}.")
         if missing := [f"`{role}_column`" for role in ("source", "target") if role not in found]:
             what = f"`format` {self.options.format} does not fit" if self.options.format else "No known format fits"
-            raise ValueError(f"{what} {there}. Say which they are by {' and '.join(missing)}.")
+            # What `datasets` makes of a folder of nothing but pictures.
+            bare = not {*columns} - {"image", "label"}
+            named = " Pairs of picture files are called a_before.png and a_after.png, in one folder." if bare else ""
+            raise ValueError(f"{what} {there}. Say which they are by {' and '.join(missing)}.{named}")
 
     def rows(self, stream: datasets.IterableDataset, options: ReadPairsOptions, dropped: Counter) -> Iterator[dict]:
         """The fit rows of a stream of `open`, with the columns of `schema`; others are counted in `dropped`."""
