@@ -138,6 +138,15 @@ def test_what_goes_on_from_a_result_is_shown_as_commands_from_the_first_picture_
     assert file.read_bytes() == (tmp_path / file.name).read_bytes()
 
 
+def test_the_command_is_whole_for_a_picture_named_like_an_option(page, tmp_path, monkeypatch):
+    session = Session()
+    page.open_file(session, saved(tmp_path, "-o.png"))
+    edit(page, session)
+    file = downloaded(page, session)
+    run_commands(command(page, session), monkeypatch, tmp_path)
+    assert file.read_bytes() == (tmp_path / file.name).read_bytes()
+
+
 def test_outside_of_the_mask_no_byte_changes(page, tmp_path):
     session = Session()
     page.open_file(session, saved(tmp_path))
@@ -257,6 +266,7 @@ def test_a_file_that_cannot_be_edited_is_refused_and_the_picture_before_stays(pa
         ({"strength": 0}, "strength.* above 0 and at most 1"),
         ({"steps": 1, "strength": 0.5}, "would run no step"),
         ({"mask_dilation": -1}, "mask-dilation"),
+        ({"processing_resolution": 6325}, "processing-resolution has to be at most 6324"),
         ({"where": EVERYWHERE, "crop_padding": 4}, "crop-padding needs a mask"),
     ],
 )
@@ -420,8 +430,9 @@ def test_a_client_passes_a_mask_or_asks_for_one(client, tmp_path):
         picture, PROMPT, mask=gradio_client.handle_file(mask), steps=str(STEPS), api_name="/edit"
     )
     assert not (pixels(files[0]) != np.asarray(SCENE.image, dtype=int))[~found].any()
-    with pytest.raises(gradio_client.exceptions.AppError, match="only one of"):
-        client.predict(picture, PROMPT, words="ball", caption="a ball", api_name="/edit")
+    for name in ("/edit", "/mask"):
+        with pytest.raises(gradio_client.exceptions.AppError, match="only one of"):
+            client.predict(picture, PROMPT, words="ball", caption="a ball", api_name=name)
 
 
 def test_only_edit_and_mask_are_offered_over_http(client):
@@ -430,8 +441,9 @@ def test_only_edit_and_mask_are_offered_over_http(client):
 
 
 @pytest.mark.parametrize("path", [str(Path(__file__).parents[1] / "pyproject.toml"), "/etc/hostname"])
-def test_a_path_of_the_server_is_no_picture(address, path):
-    given = {"path": path, "meta": {"_type": "gradio.FileData"}}
+@pytest.mark.parametrize("called", [{"meta": {"_type": "gradio.FileData"}}, {"meta": {}}, {}])
+def test_a_path_of_the_server_is_no_picture(address, path, called):
+    given = {"path": path} | called
     settings = [1, 0.7, *[""] * 9, False, False]
     for data in ([given, PROMPT, "red ball", "", None, *settings], [None, PROMPT, "", "", given, *settings]):
         event = httpx.post(f"{address}gradio_api/call/edit", json={"data": data}).json()["event_id"]

@@ -108,6 +108,7 @@ def test_dilate_grows_by_the_radius_and_keeps_soft_values():
     assert (grown[..., 2:7, 2:7] == 0.5).all()
     assert grown.sum() == 25 * 0.5
     assert torch.equal(dilate(mask, 0), mask)
+    assert torch.equal(dilate(mask, 2**40), mask.max().expand_as(mask))
 
 
 def test_dilate_by_more_than_the_mask_is_wide_takes_no_longer_than_to_fill_it():

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import math
 import os
 import secrets
 import shlex
@@ -171,9 +172,10 @@ class Results:
     def command(self, suffix: str) -> str:
         """The command that makes the results, in files of this format."""
         picture_and_prompt, output = [self.source.name, self.prompt], self.source.next_name("edit", suffix)
+        options = [*self.options, *(_option("output", output) if output.startswith("-") else ("-o", output))]
         if any(each.startswith("-") for each in picture_and_prompt):
-            return shlex.join(["iedit", "edit", *self.options, "-o", output, "--", *picture_and_prompt])
-        return shlex.join(["iedit", "edit", *picture_and_prompt, *self.options, "-o", output])
+            return shlex.join(["iedit", "edit", *options, "--", *picture_and_prompt])
+        return shlex.join(["iedit", "edit", *picture_and_prompt, *options])
 
     def as_source(self, number: int) -> Source:
         """A result as what is edited next. In the commands it is in a PNG, which keeps every byte."""
@@ -253,9 +255,27 @@ def _upload(**options) -> gr.Image:
     component = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], **options)
 
     def as_it_is(payload: Any) -> Any:
-        return None if payload is None else payload.path
+        if payload is None or payload.path is None:
+            return None
+        # Gradio looks only at those that call themselves files.
+        if not Path(payload.path).resolve().is_relative_to(Path(gr.utils.get_upload_folder()).resolve()):
+            raise gr.Error("This file was not uploaded by a user.", title="", print_exception=False)
+        return payload.path
 
     component.preprocess = as_it_is  # type: ignore[method-assign]
+    return component
+
+
+def _editor(max_pixels: int, **options) -> gr.ImageEditor:
+    """A canvas of which the layers alone are read: gradio would open anything, in any format and of any size."""
+    component = gr.ImageEditor(type="pil", format="png", **options)
+
+    def layer(file: Any, flatten_on_white: bool = False) -> Image.Image | None:
+        if file is None or flatten_on_white:
+            return None
+        return open_image(file if isinstance(file, bytes) else file.path, max_pixels)
+
+    component.convert_and_format_image = layer  # type: ignore[method-assign]
     return component
 
 
@@ -470,6 +490,9 @@ class Demo:
         started = time.perf_counter()
         values = values | {"seed": values.get("seed", secrets.randbelow(2**32))}
         parsed = self._parse(source, values)
+        largest = math.isqrt(self.max_pixels)
+        if parsed.get("processing_resolution", 0) > largest:
+            raise cli.UserError(f"processing-resolution has to be at most {largest}: no larger picture is taken.")
         seeds = range(parsed["seed"], parsed["seed"] + num_images)
         given = {name: parsed[name] for name in cli.EDIT_ARGUMENTS if name in parsed}
         if mask is not None:
@@ -728,6 +751,8 @@ class Page:
         mask_dilation: str | None = None,
     ):
         """Finds where a picture would be edited: a mask in its size, white where."""
+        if words and caption:
+            raise cli.UserError("Pass only one of `words` and `caption`.")
         source = self._read(image)
         given = {"mask-threshold": mask_threshold, "mask-dilation": mask_dilation}
         settings = [given.get(name) for name in SETTINGS]
@@ -825,11 +850,10 @@ def build(demo: Demo, examples: Sequence[Example] = ()) -> gr.Blocks:
                     visible=bool(examples),
                     elem_id="examples",
                 )
-                canvas = gr.ImageEditor(
+                canvas = _editor(
+                    demo.max_pixels,
                     label="Picture and mask",
                     height=440,
-                    type="pil",
-                    format="png",
                     sources=(),
                     transforms=(),
                     layers=False,
