@@ -673,6 +673,7 @@ def _load_pipeline(
     for needed, components in ((edits, EDITING), (finds_mask, MASKING), (captions, CAPTIONING)):
         if not needed:
             left_out |= dict.fromkeys(components)
+    given: dict[str, Any] = {}
     pipe: Any
     with _model_errors():
         if vae is not None:
@@ -680,15 +681,16 @@ def _load_pipeline(
 
             from . import mini
 
-            left_out["vae"] = load(AutoencoderTiny, vae, "--vae", mini.tiny_vae_path(), dtype=dtype)
+            given["vae"] = load(AutoencoderTiny, vae, "--vae", mini.tiny_vae_path(), dtype=dtype)
         if cls is IEditPipeline:
             kind = "Stable Diffusion 1.x or 2.x"
-            pipe = load_pipeline(IEditPipeline, name, "--model", kind, dtype=dtype, **left_out)
+            pipe = load_pipeline(IEditPipeline, name, "--model", kind, dtype=dtype, **left_out | given)
         elif edits:
             from .editor import LocalEditor
 
-            pipe = LocalEditor(load_pipeline(cls, name, "--model", dtype=dtype, **left_out))
-            _check_channels(pipe.pipe, vae)
+            pipe = LocalEditor(load_pipeline(cls, name, "--model", dtype=dtype, **given))
+            if vae is not None:
+                _check_channels(pipe.pipe, vae)
         else:
             pipe = IEditPipeline(**dict.fromkeys(EDITING), requires_safety_checker=False)
         for part, needed in (("mask_model", finds_mask), ("captioner", captions)):
@@ -703,12 +705,12 @@ def _load_pipeline(
         return prepare(pipe, device, dtype)
 
 
-def _check_channels(pipe: "DiffusionPipeline", vae: str | None):
+def _check_channels(pipe: "DiffusionPipeline", vae: str):
     """That `--vae` makes the latents of another model would show as an error of shapes. `IEditPipeline` says it."""
     denoiser: Any = getattr(pipe, "unet", None) or pipe.transformer
     channels = pipe.vae.config.latent_channels
     # Transformers that take packed latents see 2 x 2 cells as one.
-    if vae is not None and denoiser.config.in_channels not in (channels, 4 * channels):
+    if denoiser.config.in_channels not in (channels, 4 * channels):
         raise ValueError(
             f"--vae {vae!r} makes latents of {channels} channels, and the model takes {denoiser.config.in_channels}"
         )
