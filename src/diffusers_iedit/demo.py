@@ -960,6 +960,12 @@ def build(demo: Demo, examples: Sequence[Example] = ()) -> gr.Blocks:
                 **on_device,
             )
         stop.click(page.stop, session, session, **at_once)
+
+        def leave(request: gr.Request) -> None:
+            # Gradio passes it no state.
+            page.stop(blocks.app.state_holder[request.session_hash][session._id])
+
+        blocks.unload(leave)
         gallery.select(page.select, session, [session, *results], show_progress_on=slider, api_visibility="private")
 
         with gr.Column(visible=False):
