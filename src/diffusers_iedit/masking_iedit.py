@@ -432,8 +432,6 @@ def dilate(mask: torch.Tensor, radius: int) -> torch.Tensor:
         `torch.Tensor`: The grown mask, same shape.
     """
     grown = mask.clone()
-    # None is further away than that, and each pixel takes its time.
-    radius = min(radius, max(mask.shape[-2:]))
     part = _around_marked(grown, radius)
     if radius and part.numel():
         part.copy_(_grow(part, radius))
