@@ -48,6 +48,7 @@ def figures_of(script, arguments, tmp_path, monkeypatch):
     return json.loads((tmp_path / "figures.json").read_text())
 
 
+@pytest.mark.slow
 def test_compare_pipelines(tmp_path, monkeypatch, capsys):
     arguments = ["--size", "mini", "--steps", "2", "--repeats", "2"]
     figures = figures_of("compare_pipelines.py", arguments, tmp_path, monkeypatch)
@@ -62,6 +63,7 @@ def test_compare_pipelines(tmp_path, monkeypatch, capsys):
     assert figures["results"]["img2img"]["median_time_ratio"] == figures["results"]["img2img"]["peak_ratio"] == 1
 
 
+@pytest.mark.slow
 def test_train_step_compares_with_the_plain_step_of_the_same_option(tmp_path, monkeypatch, capsys):
     arguments = ["--variants", "global+paired/tiny", "--repeats", "2", "--batch_size", "2"]
     figures = figures_of("train_step.py", arguments, tmp_path, monkeypatch)
@@ -187,6 +189,7 @@ def test_one_row_s_seeds_are_averaged_example_by_example(tables):
     assert tables.over_seeds({"examples": examples}, ["a", "b"], "success").tolist() == [0.5, 1.0]
 
 
+@pytest.mark.slow
 def test_regions_measures_success_seams_and_costs(tmp_path, monkeypatch, capsys):
     arguments = ["--only", "grids", "seam", "--grids", "2", "--examples", "1"]
     figures = figures_of("regions.py", arguments, tmp_path, monkeypatch)

@@ -566,6 +566,7 @@ def push(hub, output_dir):
     assert output(hub.run(code)) == f"{hub.endpoint}/datasets/me/pairs\n"
 
 
+@pytest.mark.slow
 def test_a_pushed_set_is_loaded_and_replaced_by_a_smaller_one(hub, finished, undisturbed, pool):
     push(hub, finished)
     repo = hub.repos["datasets"]["me/pairs"]

@@ -142,7 +142,7 @@ def ball(tmp_path):
     return tmp_path / "ball.png"
 
 
-@both_widths
+@pytest.mark.parametrize("page", ["desktop", pytest.param("phone", marks=pytest.mark.slow)], indirect=True)
 def test_drop_say_see_paint_edit_compare_go_on_and_download(page, ball, tmp_path):
     drop_picture(page, ball)
     write(page, "prompt", PROMPT)

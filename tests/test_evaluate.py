@@ -834,7 +834,7 @@ def undisturbed(tmp_path_factory):
 
 
 # While the sources are written, in the first batch of edits, and in a later one.
-@pytest.mark.parametrize("kill_at", [5, 17, 24])
+@pytest.mark.parametrize("kill_at", [17, *(pytest.param(at, marks=pytest.mark.slow) for at in (5, 24))])
 def test_killed_and_called_again_it_gives_the_same_results(tmp_path, undisturbed, kill_at):
     process = start(tmp_path / "out", {}, kill_at)
     process.join()

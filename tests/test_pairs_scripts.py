@@ -45,6 +45,7 @@ def mined(tmp_path_factory):
     return mine(tmp_path_factory.mktemp("mined"), 200)
 
 
+@pytest.mark.slow
 def test_the_weight_recommended_shows_nine_tenths_of_the_most_edits(mined):
     printed = run(TRAINING / "recommend_text_weight.py", "--pairs", mined[0], "--weights", 0.1, 0.6, 0.9)
     shares = {
@@ -61,6 +62,7 @@ def measured(pairs, truth, folder):
     return {result["what"].strip(): result for result in json.loads((folder / "measured.json").read_text())}
 
 
+@pytest.mark.slow
 def test_captions_edits_and_masks_are_measured_against_the_truth(mined, tmp_path):
     results = measured(*mined, tmp_path)
     assert results["exactly right"]["value"] >= 0.95
@@ -79,6 +81,7 @@ def test_pairs_mined_from_a_larger_pool_reach_every_bar(tmp_path):
         assert result["value"] >= result["bar"], what
 
 
+@pytest.mark.slow
 def test_the_benchmark_gives_each_stage_its_rows_a_second(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(BENCHMARK), "--count", "24", "--json", str(tmp_path / "figures.json")])
     runpy.run_path(str(BENCHMARK), run_name="__main__")

@@ -471,6 +471,7 @@ def test_a_target_that_may_never_serve_is_refused():
 # The benchmark
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_time_recall_and_memory(tmp_path, monkeypatch, capsys):
     sizes = ["--pool=10000", "--memory_pool=11000", "--dim=72", "--queries=50", "--k=5"]
     monkeypatch.setattr(

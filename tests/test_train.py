@@ -331,6 +331,7 @@ def test_without_a_resolution_a_small_base_is_trained_at_its_own(tmp_path, pairs
     assert "`resolution` 128 is more than the 64 pixels that mini was made for." in caplog.text
 
 
+@pytest.mark.slow
 def test_mini_pairs_are_right_and_keep_what_is_held_out():
     pairs = open_pairs("mini")
     assert validate(pairs) == []
