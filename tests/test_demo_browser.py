@@ -61,6 +61,9 @@ def page(request, chromium, address):
 
 
 both_widths = pytest.mark.parametrize("page", ["desktop", "phone"], indirect=True)
+phone_is_slow = pytest.mark.parametrize(
+    "page", ["desktop", pytest.param("phone", marks=pytest.mark.slow)], indirect=True
+)
 
 
 def open_picture(page, file):
@@ -142,7 +145,7 @@ def ball(tmp_path):
     return tmp_path / "ball.png"
 
 
-@pytest.mark.parametrize("page", ["desktop", pytest.param("phone", marks=pytest.mark.slow)], indirect=True)
+@phone_is_slow
 def test_drop_say_see_paint_edit_compare_go_on_and_download(page, ball, tmp_path):
     drop_picture(page, ball)
     write(page, "prompt", PROMPT)
@@ -241,7 +244,7 @@ def test_who_leaves_in_the_middle_of_an_edit_keeps_nobody_waiting(page, ball):
     edit(page)
 
 
-@both_widths
+@phone_is_slow
 def test_errors_are_sentences_on_the_page_which_stays_usable(page, ball, tmp_path):
     (tmp_path / "letter.png").write_text("Dear all")
     page.locator("#run").click()
