@@ -251,6 +251,8 @@ def test_errors_are_sentences_on_the_page_which_stays_usable(page, ball, tmp_pat
     expect(page.get_by_text("There is no picture yet")).to_be_visible()
     page.locator("#source input[type=file]").set_input_files(tmp_path / "letter.png")
     expect(page.get_by_text("letter.png cannot be read as a picture")).to_be_visible()
+    # Until it is emptied, the upload would drop what comes next.
+    expect(page.locator("#source img")).to_have_count(0)
     open_picture(page, ball)
     page.locator("#run").click()
     expect(page.get_by_text("Name what is to be changed")).to_be_visible()
