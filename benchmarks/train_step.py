@@ -389,9 +389,11 @@ def compute_memory(variant: Variant, args: argparse.Namespace) -> dict[str, floa
         mock.patch.object(F, "layer_norm", in_fp32(F.layer_norm)),
     )
     memory = LiveBytes()
-    with FakeTensorMode(), norms[0], norms[1]:
+    # Whether a pair is left out depends on its pixels, which fake tensors do not have.
+    pairs = make_batch(args)
+    with FakeTensorMode() as mode, norms[0], norms[1]:
         training = Training("sd", [variant], "cpu", torch.bfloat16, foreach=True)
-        batch = training.prepare(variant, make_batch(args))
+        batch = training.prepare(variant, tree_map_only(torch.Tensor, mode.from_tensor, pairs))
         for module in training.networks.values():
             for tensor in (*module.parameters(), *module.buffers()):
                 memory.add(tensor)
