@@ -389,8 +389,9 @@ def compute_memory(variant: Variant, args: argparse.Namespace) -> dict[str, floa
         mock.patch.object(F, "layer_norm", in_fp32(F.layer_norm)),
     )
     memory = LiveBytes()
-    # Whether a pair is left out depends on its pixels, which fake tensors do not have.
+    # Whether a pair is left out depends on its pixels, and its noise on its seed: fake tensors have neither.
     pairs = make_batch(args)
+    pairs["noise_seed"] = pairs["noise_seed"].tolist()
     with FakeTensorMode() as mode, norms[0], norms[1]:
         training = Training("sd", [variant], "cpu", torch.bfloat16, foreach=True)
         batch = training.prepare(variant, tree_map_only(torch.Tensor, mode.from_tensor, pairs))
