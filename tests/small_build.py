@@ -3,7 +3,6 @@
 import io
 import multiprocessing
 import os
-import signal
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accidents import killed_at, print_to
 from datasets import Dataset, Features, Image, Value
 
 from diffusers_iedit import mini
@@ -20,7 +20,7 @@ from diffusers_iedit.pairs.caption import CaptionOptions
 from diffusers_iedit.pairs.edit_prompts import EditOptions
 from diffusers_iedit.pairs.embed import EmbedOptions
 from diffusers_iedit.pairs.jobs import Options
-from diffusers_iedit.pairs.mask import MaskOptions
+from diffusers_iedit.pairs.options import MaskOptions
 from diffusers_iedit.pairs.read import ReadOptions
 from diffusers_iedit.pairs.retrieve import RetrieveOptions
 
@@ -108,16 +108,7 @@ def processes():
 
 def build_and_die(output_dir: Path, chosen: Options, part: str, number: int) -> None:
     """Is killed when the `number`-th file below a folder `part` is to get its name."""
-    replace_file, seen = os.replace, 0
-
-    def deadly(source, target):
-        nonlocal seen
-        seen += part in Path(target).parts
-        if seen == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace_file(source, target)
-
-    with mock.patch("os.replace", deadly):
+    with killed_at(part, number):
         build(output_dir, chosen)
 
 
@@ -138,8 +129,6 @@ def build_and_wait(output_dir: Path, chosen: Options, waiting, go_on) -> None:
 def command(argv: list[str], log: Path, environment: dict[str, str] = {}) -> None:
     """build_dataset.py with these arguments; what it prints goes to the file `log`."""
     os.environ.update(environment)
-    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    print_to(log)
     sys.argv = ["build_dataset.py", *argv]
     build_dataset.main()

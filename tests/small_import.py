@@ -3,16 +3,15 @@
 import io
 import json
 import os
-import signal
 import sys
 import tarfile
 from dataclasses import fields, replace
 from pathlib import Path
-from unittest import mock
 
 import datasets
 import numpy as np
 import torch
+from accidents import killed_at, print_to
 from PIL import Image
 
 from diffusers_iedit import mini
@@ -211,24 +210,13 @@ def arguments(source: Path | str, output_dir: Path, *others: str) -> list[str]:
 
 def run_and_die(output_dir: Path, chosen: ImportOptions, part: str, number: int) -> None:
     """Is killed when the `number`-th file below a folder `part` is to get its name."""
-    replace_file, seen = os.replace, 0
-
-    def deadly(source, target):
-        nonlocal seen
-        seen += part in Path(target).parts
-        if seen == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace_file(source, target)
-
-    with mock.patch("os.replace", deadly):
+    with killed_at(part, number):
         run(output_dir, chosen)
 
 
 def command(argv: list[str], log: Path, environment: dict[str, str] = {}) -> None:
     """import_pairs.py with these arguments; what it prints goes to the file `log`."""
     os.environ.update(environment)
-    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    print_to(log)
     sys.argv = ["import_pairs.py", *argv]
     script.main()

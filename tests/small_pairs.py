@@ -19,6 +19,7 @@ import numpy as np
 import tiny_models
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from accidents import print_to
 from datasets import Dataset
 from diffusers import StableDiffusion3Img2ImgPipeline
 from diffusers.utils import logging as diffusers_logging
@@ -210,9 +211,7 @@ def run(
     os.setpgrp()
     # What the command would start its own processes by, instead of what started this one.
     multiprocessing.set_start_method("fork", force=True)
-    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    print_to(log)
     # What pytest would take up, the process has to print by itself.
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     with calling(function, number, lambda: os.killpg(0, signum) if to_all else os.kill(os.getpid(), signum)):

@@ -9,7 +9,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from accidents import two_ranks
 from datasets import Dataset, Features, Value
 from datasets import Image as DataImage
 from PIL import Image
@@ -612,12 +612,7 @@ def test_killed_and_called_again_it_comes_to_the_same(jobs_file, tmp_path, undis
 
 @pytest.mark.slow
 def test_two_processes_share_the_jobs_and_come_to_the_same(jobs_file, tmp_path, undisturbed):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
-    world["ACCELERATE_USE_CPU"] = "true"
-    ranks = [start(jobs_file, tmp_path / "out", world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    ranks = [start(jobs_file, tmp_path / "out", environment) for environment in two_ranks()]
     for process in ranks:
         process.join(300)
     assert [process.exitcode for process in ranks] == [0, 0]

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -20,6 +19,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accidents import two_ranks
 from small_build import (
     ANY_MASK,
     COUNT,
@@ -308,15 +308,11 @@ def test_a_full_disk_is_an_error_of_one_line_and_with_more_space_the_build_goes_
 
 def run_processes(context, argv, log):
     """The command as `accelerate launch` starts it, in two processes that stay off the GPU: their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    launched = []
-    for rank in ("0", "1"):
-        environment = world | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
-        launched.append(context.Process(target=command, args=(argv, log, environment), daemon=True))
-        launched[-1].start()
+    launched = [
+        context.Process(target=command, args=(argv, log, environment), daemon=True) for environment in two_ranks()
+    ]
+    for process in launched:
+        process.start()
     for process in launched:
         process.join(120)
     return [process.exitcode for process in launched]

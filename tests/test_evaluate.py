@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from accidents import free_port, two_ranks
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 from small_pairs import make_rows, write_pairs
@@ -378,12 +379,6 @@ ARGUMENTS = (
     "--batch-size",
     "2",
 )
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def is_listening(port):
@@ -809,9 +804,7 @@ def start(*args):
 
 def start_two(output_dir):
     """Two processes of one evaluation, when both have ended."""
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_WORLD_SIZE": "2"}
-    world["ACCELERATE_USE_CPU"] = "true"
-    processes = [start(output_dir, world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    processes = [start(output_dir, environment) for environment in two_ranks()]
     for process in processes:
         process.join(300)
     return processes

@@ -2,11 +2,11 @@
 
 import os
 import signal
-import socket
 from unittest import mock
 
 import pytest
 import small_import
+from accidents import two_ranks
 from small_build import processes
 from small_import import FORMS, options, run
 
@@ -52,16 +52,13 @@ def test_an_import_that_was_killed_in_a_stage_ends_with_the_same_bytes(tmp_path,
 
 
 def test_several_processes_import_the_same_pairs_and_one_of_them_speaks(tmp_path, source, undisturbed):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    launched = []
-    for rank in ("0", "1"):
-        environment = world | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
-        arguments = (small_import.arguments(source, tmp_path / "pairs"), tmp_path / "log", environment)
-        launched.append(processes().Process(target=small_import.command, args=arguments, daemon=True))
-        launched[-1].start()
+    argv, log = small_import.arguments(source, tmp_path / "pairs"), tmp_path / "log"
+    launched = [
+        processes().Process(target=small_import.command, args=(argv, log, environment), daemon=True)
+        for environment in two_ranks()
+    ]
+    for process in launched:
+        process.start()
     for process in launched:
         process.join(300)
     assert [process.exitcode for process in launched] == [0, 0]

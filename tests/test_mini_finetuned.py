@@ -42,7 +42,7 @@ def test_the_same_pairs_are_drawn_every_time_and_none_of_them_twice():
 
 @pytest.mark.slow
 def test_without_masks_it_edits_more_often_and_keeps_the_background(models):
-    examine = Examiner(held_out_pairs(200, "test"), **SETTINGS["mini-base"])
+    examine = Examiner(held_out_pairs(200, "test"), **SETTINGS)
     base, tuned = (examine(models[name]) for name in ("mini-base", "mini"))
     for better in ("success", "clip_score"):
         _, low, _ = interval(tuned[better] - base[better])

@@ -22,7 +22,8 @@ from diffusers_iedit import loading, mini
 from diffusers_iedit.pairs import models
 from diffusers_iedit.pairs.caption import CaptionImages, CaptionOptions, clean_caption
 from diffusers_iedit.pairs.embed import EmbedImages, EmbedOptions, EmbedPrompts
-from diffusers_iedit.pairs.mask import GRID, MaskOptions, SegmentTerms, mask_iou, unfit_mask
+from diffusers_iedit.pairs.mask import GRID, SegmentTerms, mask_iou, unfit_mask
+from diffusers_iedit.pairs.options import MaskOptions
 
 
 SIZES = [(64, 64), (90, 70), (70, 200), (65, 500)]

@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import time
@@ -21,6 +20,7 @@ import pytest
 import small_pairs
 import torch
 from accelerate import PartialState
+from accidents import two_ranks
 from hub_server import files_in
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -632,14 +632,10 @@ def test_a_full_disk_leaves_the_settings_of_the_earlier_run_whole(tmp_path, pair
 
 def launch(context, argv, log, **signals):
     """The command as `accelerate launch` starts it, in two processes; `signals` go to the second one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
-    launched = []
-    for rank in ("0", "1"):
-        environment = world | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
-        launched.append(start(context, argv, log, environment, **(signals if rank == "1" else {})))
+    launched = [
+        start(context, argv, log, environment, **own)
+        for environment, own in zip(two_ranks(), ({}, signals), strict=True)
+    ]
     return [finish(process) for process in launched]
 
 
