@@ -22,7 +22,7 @@ from diffusers_iedit.pairs.caption import CaptionOptions
 from diffusers_iedit.pairs.edit_prompts import EditOptions
 from diffusers_iedit.pairs.embed import EmbedOptions
 from diffusers_iedit.pairs.jobs import Options
-from diffusers_iedit.pairs.mask import MaskOptions
+from diffusers_iedit.pairs.options import MaskOptions
 from diffusers_iedit.pairs.read import ReadOptions
 from diffusers_iedit.pairs.retrieve import RetrieveOptions
 

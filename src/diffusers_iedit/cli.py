@@ -1076,17 +1076,10 @@ def _edit_jobs(args: argparse.Namespace) -> tuple[str, str] | None:
     )
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from .engines import LocalEngine, RayEngine
+    from .engines import make_engine
 
-    engine: LocalEngine | RayEngine
     try:
-        if args.engine == "ray":
-            import torch
-
-            gpus = float(torch.cuda.is_available()) if args.gpus_per_worker is None else args.gpus_per_worker
-            engine = RayEngine(args.ray_address, args.num_workers, gpus)
-        else:
-            engine = LocalEngine()
+        engine = make_engine(args.engine, args.ray_address, args.num_workers, args.gpus_per_worker)
         loggers = [logging.getLogger(name) for name in (None, "diffusers", "transformers")]
         with logging_redirect_tqdm(loggers):
             rows = batch.run(jobs, edit, args.output_dir, config, engine, args.batch_size, args.retry_failed)

@@ -138,3 +138,21 @@ class RayEngine:
 
     def wait(self) -> None:
         """There is one driver: nothing to wait for."""
+
+
+def make_engine(
+    kind: str, ray_address: str | None, num_workers: int, gpus_per_worker: float | None
+) -> LocalEngine | RayEngine:
+    """The engine that a command was asked for.
+
+    Args:
+        kind (`str`): "local" or "ray".
+        ray_address, num_workers: As for `RayEngine`.
+        gpus_per_worker (`float`, *optional*): As for `RayEngine`; by default one if there is one here.
+    """
+    if kind == "local":
+        return LocalEngine()
+    import torch
+
+    gpus = float(torch.cuda.is_available()) if gpus_per_worker is None else gpus_per_worker
+    return RayEngine(ray_address, num_workers, gpus)

@@ -16,6 +16,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from ..loading import SHIPPED_PIPELINES
 from ..markdown import code, escape
 
 
@@ -133,7 +134,7 @@ def write_model_card(
         if not (folder / picture).is_file():
             raise ValueError(f"`loss_plot` and `pictures` have to be files in {folder}, but {picture!r} is not there.")
 
-    mini = base_model in ("mini", "mini-base", "mini-sd3")
+    mini = base_model in SHIPPED_PIPELINES
     base_id = base_model if _is_hub_id(base_model) and not mini else None
     dataset_id = dataset if _is_hub_id(dataset) else None
     base, data = f"the local model {code(_public(base_model))}", f"the local data set {code(_public(dataset))}"

@@ -6,6 +6,8 @@ import argparse
 import math
 from pathlib import Path
 
+from ..loading import SHIPPED_PIPELINES
+
 
 DESCRIPTION = """Fine-tunes a Stable Diffusion model (1.x, 2.x, 3 or 3.5) with iEdit's objective (Secs. 3.3, 3.4 and
 4.1) on pairs from build_dataset.py. The defaults are the paper's. Stopped at any moment, --resume_from_checkpoint
@@ -244,7 +246,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**PRESETS[preset.preset])
     args = parser.parse_args(argv)
 
-    mini = args.model in ("mini", "mini-base", "mini-sd3")
+    mini = args.model in SHIPPED_PIPELINES
     args.clip_model = args.clip_model or ("mini" if mini else "openai/clip-vit-large-patch14")
     args.perceptual_model = args.perceptual_model or ("mini" if mini else "timm/vgg16.tv_in1k")
     positive = (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from .. import mini
+from ..loading import SHIPPED_PIPELINES
 from .families import Family
 
 
@@ -82,7 +82,7 @@ def check_folders(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If `output_dir` is the folder of a model, or if it or `cache_dir` lies among the pairs.
     """
-    folders = {"mini": mini.model_path(), "mini-base": mini.model_path(), "mini-sd3": mini.model_path("sd3")}
+    folders = {name: folder for name, (folder, _) in SHIPPED_PIPELINES.items()}
     for name in ("output_dir", "cache_dir"):
         written = getattr(args, name)
         for option in ("model", "clip_model", "perceptual_model", "loss_decoder"):

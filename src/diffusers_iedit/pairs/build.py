@@ -98,7 +98,8 @@ def carry_out(
         raise ValueError(f"`batch_size` has to be at least 1, but is {batch_size}.")
     with _claimed(output_dir, options, kind.name) if engine.is_main else nullcontext():
         if engine.is_main:
-            manifest = kind.describe(options)
+            # As a later run finds it: lists for sets.
+            manifest = json.loads(json.dumps(kind.describe(options), default=sorted))
             _begin(output_dir, manifest, redo, kind)
         engine.wait()
         if not is_finished(output_dir):
@@ -122,19 +123,20 @@ def is_finished(output_dir: Path) -> bool:
     )
 
 
-def describe(options: Options | ImportOptions, stages: tuple[str, ...]) -> dict:
-    """The manifest: the options of every stage, and which versions of the inputs they mean."""
+def describe(options: Options | ImportOptions, stages: tuple[str, ...], captions: bool) -> dict:
+    """The options of every stage, and which versions of inputs and models they mean; `captions`: BLIP's too."""
     manifest = {stage: asdict(getattr(options, stage)) if hasattr(options, stage) else {} for stage in stages[:-1]}
     for name, collection in options.read.collections().items():
         # It says more than the name of a branch, which may move.
         del manifest["read"][f"{name}_revision"]
         manifest["read"][f"{name}_fingerprint"] = _input_fingerprint(collection)
+    if captions:
+        manifest["caption"]["caption_model_fingerprint"] = models.fingerprint(
+            options.caption.caption_model, "captioner"
+        )
+    manifest["embed"]["clip_model_fingerprint"] = models.fingerprint(options.embed.clip_model, "clip")
+    manifest["mask"]["mask_model_fingerprint"] = models.fingerprint(options.mask.mask_model, "mask_model")
     return manifest
-
-
-def as_read_again(manifest: dict) -> dict:
-    """A manifest as a later run finds it: lists for sets."""
-    return json.loads(json.dumps(manifest, default=sorted))
 
 
 def _at_pinned_commits(options: AnyOptions, manifest: dict) -> AnyOptions:
@@ -344,14 +346,9 @@ class Builder(Runner[Options]):
 
     @staticmethod
     def describe(options: Options) -> dict:
-        manifest = describe(options, STAGES)
-        if options.read.caption_column is None:
-            fingerprint = models.fingerprint(options.caption.caption_model, "captioner")
-            manifest["caption"]["caption_model_fingerprint"] = fingerprint
+        manifest = describe(options, STAGES, captions=options.read.caption_column is None)
         manifest["edit"] |= {"edit_seed": options.edit_seed, "word_data_fingerprint": describe_data()}
-        manifest["embed"]["clip_model_fingerprint"] = models.fingerprint(options.embed.clip_model, "clip")
-        manifest["mask"]["mask_model_fingerprint"] = models.fingerprint(options.mask.mask_model, "mask_model")
-        return as_read_again(manifest)
+        return manifest
 
     @classmethod
     def stale(cls, work: Path, redo: str, begun: dict | None, manifest: dict) -> list[Path]:

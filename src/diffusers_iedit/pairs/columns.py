@@ -12,6 +12,9 @@ seen before it, and where it is."""
 
 IMAGE_ROLES = ("source", "target", "mask")
 
+CONVENTIONS = ("white", "black", "transparent", "painted")
+"""What marks the edit in a mask: white or black; of a layer, what is transparent, or what is painted."""
+
 
 @dataclass(frozen=True)
 class SetColumns:
@@ -19,7 +22,7 @@ class SetColumns:
 
     Args:
         source, target, prompt, instruction, caption, mask (`tuple[str, ...]`): As in `ROLES`.
-        mask_convention (`str`): What marks the edit in a mask, one of [`~diffusers_iedit.pairs.masks.CONVENTIONS`].
+        mask_convention (`str`): What marks the edit in a mask, one of `CONVENTIONS`.
     """
 
     source: tuple[str, ...]

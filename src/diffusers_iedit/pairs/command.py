@@ -85,21 +85,15 @@ def run_command(
         sys.exit(f"{script}: error: {error}" if is_first else 1)
 
     # What --help and a wrong option get is not to wait for these, which take seconds.
-    import torch
     from accelerate import PartialState
 
-    from ..engines import LocalEngine, RayEngine
+    from ..engines import make_engine
     from .write import push
 
     # Given again, `--redo` would begin its stage again.
     again = "Run the same command again" if run.resume and not run.redo else "Run it again without --redo, --no_resume"
-    engine: LocalEngine | RayEngine
     try:
-        if run.engine == "ray":
-            gpus = float(torch.cuda.is_available()) if run.gpus_per_worker is None else run.gpus_per_worker
-            engine = RayEngine(run.ray_address, run.num_workers, gpus)
-        else:
-            engine = LocalEngine()
+        engine = make_engine(run.engine, run.ray_address, run.num_workers, run.gpus_per_worker)
         report = work(run, options, engine, run.redo if run.resume else first_stage)
         if engine.is_main:
             print(f"{report['rows_out']:,} pairs from {report['rows_in']:,} rows in {run.output_dir}")

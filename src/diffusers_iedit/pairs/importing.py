@@ -20,8 +20,7 @@ from transformers import CLIPTokenizer
 from ..engines import LocalEngine, RayEngine
 from ..images import open_image
 from ..masking_iedit import difference_term
-from . import models
-from .build import Runner, as_read_again, carry_out, describe, reading, summed
+from .build import Runner, carry_out, describe, reading, summed
 from .columns import is_instruction
 from .embed import EmbedImages, EmbedPrompts
 from .jobs import CPU_THREADS, CaptionJob, Collection, ImportOptions, Job, SegmentJob, WriteSetJob
@@ -322,14 +321,8 @@ class Importer(Runner[ImportOptions]):
 
     @staticmethod
     def describe(options: ImportOptions) -> dict:
-        manifest = describe(options, IMPORT_STAGES)
         columns = options.read.collections()["source"].find_columns()
-        if not {"caption", "prompt"} <= columns.keys():
-            fingerprint = models.fingerprint(options.caption.caption_model, "captioner")
-            manifest["caption"]["caption_model_fingerprint"] = fingerprint
-        manifest["embed"]["clip_model_fingerprint"] = models.fingerprint(options.embed.clip_model, "clip")
-        manifest["mask"]["mask_model_fingerprint"] = models.fingerprint(options.mask.mask_model, "mask_model")
-        return as_read_again(manifest)
+        return describe(options, IMPORT_STAGES, captions=not {"caption", "prompt"} <= columns.keys())
 
     def run(self) -> list[Path]:
         self.columns = self.options.read.collections()["source"].find_columns()

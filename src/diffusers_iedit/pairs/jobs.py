@@ -23,9 +23,9 @@ from ..resuming import replacing
 from .caption import CaptionImages, CaptionOptions
 from .edit_prompts import EditOptions, EditPrompts
 from .embed import EmbedImages, EmbedOptions, EmbedPrompts
-from .mask import MaskOptions, SegmentTerms, mask_iou, unfit_mask
+from .mask import SegmentTerms, mask_iou, unfit_mask
 from .models import ModelStage, load
-from .options import ReadPairsOptions, SegmentOptions, SimilarityOptions
+from .options import MaskOptions, ReadPairsOptions, SegmentOptions, SimilarityOptions
 from .read import ReadOptions
 from .retrieve import Retrieve, RetrieveOptions
 from .schema import FEATURES, same_tokens

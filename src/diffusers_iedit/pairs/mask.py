@@ -12,7 +12,6 @@ from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
 from ..masking_iedit import clean_term
 from .models import ModelStage, decode, load, place
-from .options import MaskOptions as MaskOptions
 from .options import SegmentOptions
 
 

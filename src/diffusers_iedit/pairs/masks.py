@@ -9,9 +9,6 @@ from PIL import Image
 from scipy import ndimage
 
 
-CONVENTIONS = ("white", "black", "transparent", "painted")
-"""What marks the edit in a mask: white or black; of a layer, what is transparent, or what is painted."""
-
 SAME_ASPECT = 0.02
 """Two pictures whose aspect ratios differ by less, relatively, show the same frame."""
 
@@ -65,7 +62,7 @@ def read_mask(mask: Image.Image, source: Image.Image, convention: str) -> Image.
     Args:
         mask (`PIL.Image.Image`): In any mode, of any size with the source's aspect ratio.
         source (`PIL.Image.Image`): RGB.
-        convention (`str`): One of `CONVENTIONS`.
+        convention (`str`): One of [`~diffusers_iedit.pairs.columns.CONVENTIONS`].
 
     Returns:
         `PIL.Image.Image`: Mode L, 255 = edit and 0 elsewhere, as large as the source.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .columns import SETS
+from .columns import CONVENTIONS, SETS
 
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ class ReadPairsOptions:
     mask_convention: str | None = field(
         default=None,
         metadata={
-            "choices": ["white", "black", "transparent", "painted"],
+            "choices": list(CONVENTIONS),
             "help": "what marks the edit in these masks; by default white, or what the format says",
         },
     )
