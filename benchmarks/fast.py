@@ -40,7 +40,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from regions import ask
+from regions import ask, psnr_inside
 from tqdm import tqdm
 
 from diffusers_iedit import IEditPipeline, LocalEditor, mini
@@ -134,13 +134,6 @@ def clock() -> float:
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
-def decibels(image, target, mask) -> float:
-    """PSNR of the masked pixels."""
-    inside = np.asarray(mask) > 0
-    error = (np.asarray(image, dtype=np.float64) - np.asarray(target, dtype=np.float64))[inside]
-    return float(10 * np.log10(255**2 / max((error**2).mean(), 1e-9)))
-
-
 def measure(task: Task) -> list[dict]:
     """Success, PSNR, seconds and the largest change outside the mask of each edit of a task."""
     variant = task.variant
@@ -165,7 +158,7 @@ def measure(task: Task) -> list[dict]:
     return [
         {
             "success": (seen.noun, seen.colour) == (target.thing.noun, target.thing.colour),
-            "psnr": decibels(image, target.image, mask),
+            "psnr": psnr_inside(image, target.image, np.asarray(mask) > 0),
             "seconds": seconds,
             "outside": int(
                 np.abs(np.asarray(image).astype(int) - np.asarray(scene.image))[np.asarray(mask) == 0].max()
@@ -221,16 +214,12 @@ def tasks_of(variants: list[Variant], first_seed: int, scenes: int) -> list[Task
     ]
 
 
-def warm_up(threads: int = 1) -> None:
-    torch.set_num_threads(threads)
-
-
 def run(tasks: list[Task], processes: int, what: str) -> dict[Variant, dict[str, float]]:
     with contextlib.ExitStack() as stack:
         map_tasks = map
         if processes > 1:
             spawn = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=warm_up)
+            pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,))
             map_tasks = stack.enter_context(pool).map
         found: dict[Variant, list[dict]] = {}
         for task, rows in zip(tasks, tqdm(map_tasks(measure, tasks), total=len(tasks), desc=what), strict=True):
@@ -324,7 +313,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="that share the edits, one thread each")
     parser.add_argument("--output-dir", type=Path, help="also write fast-PART-FORM.md, fast.png and fast.json there")
     args = parser.parse_args()
-    warm_up()
+    torch.set_num_threads(1)
 
     written: dict[str, str] = {}
     curves: dict[str, dict[Variant, dict[str, float]]] = {}

@@ -44,7 +44,7 @@ import torch
 import transformers
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
-from regions import DILATION, FEW_EXAMPLES, FIRST_SEED, ask, padding_of, verdict
+from regions import DILATION, FEW_EXAMPLES, FIRST_SEED, ask, padding_of, psnr_inside, verdict
 
 from diffusers_iedit import IEditPipeline, acceleration, mini
 from diffusers_iedit.mini.judging import Judge
@@ -293,8 +293,7 @@ def measure_quality(rows: Sequence[str], device: str, examples: int) -> dict[str
             for scene, target, image, thing in zip(scenes, targets, images, seen, strict=True):
                 right.append((thing.noun, thing.colour) == (target.thing.noun, target.thing.colour))
                 there = np.maximum(np.asarray(scene.mask), np.asarray(target.mask)) > 0
-                error = (np.asarray(image, dtype=np.float64) - np.asarray(target.image))[there]
-                psnr.append(10 * np.log10(255**2 / (error**2).mean()))
+                psnr.append(psnr_inside(image, target.image, there))
         results[name] = {"success": float(np.mean(right)), "psnr": float(np.mean(psnr)), "edits": count}
         print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
     return results

@@ -44,6 +44,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffusers_iedit import IEditPipeline, mini, regions_iedit
+from diffusers_iedit.evaluation import metrics
 from diffusers_iedit.mini.judging import Judge
 from diffusers_iedit.regions_iedit import automatic_padding, read_masks
 
@@ -185,6 +186,12 @@ def boxed(mask: Image.Image, other: Image.Image, margin: int) -> np.ndarray:
     return box
 
 
+def psnr_inside(image: Image.Image, target: Image.Image, inside: np.ndarray) -> float:
+    """PSNR in dB of those pixels that are marked, (H, W) bool, of one picture against another."""
+    images = [torch.from_numpy(np.array(each)).permute(2, 0, 1)[None].double() / 255 for each in (image, target)]
+    return float(metrics.psnr(*images, torch.from_numpy(inside)[None, None].double()))
+
+
 def measure_seam(pipe: IEditPipeline, judge: Judge, examples: int, guidance_scale: float) -> dict[str, dict]:
     """Of edits in a box around the thing, without and with `match_colours`: the colour error of the box's outermost
     two pixels against the true edited picture (8-bit levels, means over the rim and the three colours), PSNR of the
@@ -212,7 +219,7 @@ def measure_seam(pipe: IEditPipeline, judge: Judge, examples: int, guidance_scal
             values.append(
                 {
                     "rim": np.abs(difference[rim.numpy()].mean(axis=0)).mean(),
-                    "psnr": 10 * np.log10(255**2 / (difference[box] ** 2).mean()),
+                    "psnr": psnr_inside(image, target.image, box),
                     "success": (seen.noun, seen.colour) == (target.thing.noun, target.thing.colour),
                 }
             )

@@ -190,9 +190,18 @@ def build_parser() -> argparse.ArgumentParser:
     _add_mask_settings(masks)
     _add_edit_settings(settings)
 
+    _add_edit(commands, [files, models, masks, settings])
+    _add_mask(commands, [files, models, masks])
+    _add_batch(commands, [models, masks, settings])
+    _add_evaluate(commands)
+    _add_demo(commands, [models])
+    return parser
+
+
+def _add_edit(commands: Any, parents: list[argparse.ArgumentParser]):
     edit = commands.add_parser(
         "edit",
-        parents=[files, models, masks, settings],
+        parents=parents,
         argument_default=argparse.SUPPRESS,
         help="edit a picture towards a prompt",
     )
@@ -211,9 +220,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_vae(edit)
     edit.set_defaults(run=_edit)
 
+
+def _add_mask(commands: Any, parents: list[argparse.ArgumentParser]):
     mask = commands.add_parser(
         "mask",
-        parents=[files, models, masks],
+        parents=parents,
         argument_default=argparse.SUPPRESS,
         help="write the mask that `edit` would use",
     )
@@ -222,9 +233,11 @@ def build_parser() -> argparse.ArgumentParser:
     mask.add_argument("--prompt", metavar="TEXT", help="the edit prompt that --source-prompt is compared with")
     mask.set_defaults(run=_mask)
 
+
+def _add_batch(commands: Any, parents: list[argparse.ArgumentParser]):
     batch = commands.add_parser(
         "batch",
-        parents=[models, masks, settings],
+        parents=parents,
         argument_default=argparse.SUPPRESS,
         help="edit many pictures, as a file says",
         description="Edit many pictures. Stopped at any moment, the same command goes on. All options of an edit are"
@@ -277,6 +290,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_vae(batch)
     batch.set_defaults(run=_batch)
 
+
+def _add_evaluate(commands: Any):
     evaluate = commands.add_parser(
         "evaluate",
         argument_default=argparse.SUPPRESS,
@@ -360,9 +375,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("dtype", choices=("float32", "float16", "bfloat16"), help="of the models (default: float32)")
     evaluate.set_defaults(run=_evaluate)
 
+
+def _add_demo(commands: Any, parents: list[argparse.ArgumentParser]):
     demo = commands.add_parser(
         "demo",
-        parents=[models],
+        parents=parents,
         help="serve a page to edit pictures on",
         description="Serve a page to edit pictures on, until Ctrl-C. It prints its address.",
     )
@@ -383,7 +400,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_vae(demo)
     demo.set_defaults(run=_demo)
-    return parser
 
 
 class _JobParser(_Parser):
