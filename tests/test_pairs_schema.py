@@ -137,7 +137,8 @@ def test_several_columns_that_are_missing_are_one_fault_in_one_line(tmp_path):
     pairs = dataset([row()]).select_columns(["source_image", "similarity"])
     (fault,) = validate(pairs)
     assert fault.startswith("the pairs: columns `target_image`, `source_caption`, `edit_prompt`, ")
-    assert fault.endswith(" are missing; there are source_image, similarity.")
+    assert " are missing; there are source_image, similarity. " in fault
+    assert fault.endswith("training/import_pairs.py makes such a set.")
     with pytest.raises(ValueError, match=r"^This is no set of iEdit pairs: .* are missing; there are .*[.]$"):
         load_pairs(save(tmp_path, pairs))
 

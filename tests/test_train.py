@@ -536,6 +536,29 @@ def test_a_pair_whose_mask_vanishes_has_no_part_in_a_step_and_is_counted(tmp_pat
     assert changed(weights(tmp_path / "model"), weights(base))
 
 
+@pytest.mark.parametrize("options", [(), ("--cache_latents",)])
+def test_pairs_whose_masks_all_vanish_are_an_error(tmp_path, base, capsys, options):
+    rows = make_rows(3)
+    for row in rows:
+        row["target_mask"] = Image.new("L", (64, 64))
+        row["target_mask"].putpixel((30, 30), 255)
+    data = write_pairs(tmp_path / "pairs", rows)
+    options = ("--loss", "mask", "--train_batch_size", 2, *options)
+    message = error(arguments(data, base, tmp_path / "model", *options), capsys)
+    assert "`train_data`: all of the 4 samples of steps 1 to 2 were left out" in message
+    assert not (tmp_path / "model/model_index.json").exists()
+
+
+def test_pairs_whose_masks_all_vanish_are_an_error_in_less_than_an_epoch(tmp_path, base, capsys):
+    rows = make_rows(3)
+    for row in rows:
+        row["source_mask"] = Image.new("L", (64, 64))
+        row["source_mask"].putpixel((30, 30), 255)
+    data = write_pairs(tmp_path / "pairs", rows)
+    options = ("--loss", "mask", "--train_batch_size", 1, "--max_train_steps", 1)
+    assert "all of the 1 samples" in error(arguments(data, base, tmp_path / "model", *options), capsys)
+
+
 @pytest.mark.parametrize("model", ["base", "sd3_base"])
 def test_one_pair_of_pictures_of_other_aspects_is_enough_for_a_batch_and_for_buckets(tmp_path, model, request):
     row = make_rows(1)[0]
@@ -852,6 +875,7 @@ def test_a_data_set_of_something_else_is_told_in_one_line(tmp_path, pairs, base,
     other = write_pairs(tmp_path / "other", make_rows(3), ["source_image", "source_caption"])
     message = error(arguments(pairs, base, tmp_path / "model", f"--{option}", other), capsys)
     assert "columns `target_image`, `edit_prompt`, " in message
+    assert "training/import_pairs.py" in message
     assert "\n" not in message
 
 

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import logging
+import math
 import multiprocessing
 import re
 import shlex
@@ -73,6 +74,10 @@ from diffusers_iedit.resuming import lock_folder
 logger = get_logger(__name__)
 
 MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
+
+LEFT_OUT = (
+    "at this size one of their masks, or with --overlap_masks the overlap, covers less than a tenth of any latent."
+)
 
 MINI_NETWORKS = dict.fromkeys(("clip", "fid", "lpips", "dino"), "mini")
 
@@ -466,6 +471,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
     step, micro_batches, stopped = first_step, [], False
+    # With so many samples left out, and no other seen, all are.
+    unused, all_unused = 0, min(stream.epoch_length, args.max_train_steps * total_batch_size)
     with tqdm(
         total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
     ) as progress:
@@ -522,8 +529,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             micro_batches = []
             means = dict(zip(("loss", *terms), means, strict=True))
             learning_rate = lr_scheduler.get_last_lr()[0]
+            left_out = round(left_out * total_batch_size)
+            unused = unused + left_out if left_out == total_batch_size else -math.inf
+            if unused >= all_unused:
+                raise ValueError(
+                    f"`train_data`: all of the {unused} samples of steps {first_step + 1} to {step} were left out, so"
+                    f" nothing is trained: {LEFT_OUT} A larger `resolution` keeps more of small masks."
+                )
             if accelerator.is_main_process:
-                left_out = round(left_out * total_batch_size)
                 loss_log.write({"step": step, **means, "learning_rate": learning_rate, "left_out": left_out})
             curves = {name if name == "loss" else f"loss/{name}": value for name, value in means.items()}
             accelerator.log(curves | {"learning_rate": learning_rate}, step)
@@ -549,8 +562,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         left_out, count = (sum(row["left_out"] for row in loss_log.read()), args.max_train_steps * total_batch_size)
         if left_out:
             logger.warning(
-                f"{left_out:.0f} of {count} samples were left out: at this size one of their masks, or with"
-                " --overlap_masks the overlap, covers less than a tenth of any latent. losses.csv has them by steps."
+                f"{left_out:.0f} of {count} samples were left out: {LEFT_OUT} losses.csv has them by steps."
             )
 
     # 7. The model: the base with what was trained in its place. LoRA layers are merged, and lie beside it as well.

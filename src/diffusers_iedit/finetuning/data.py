@@ -299,6 +299,7 @@ class CachedPairStream(torch.utils.data.Dataset):
     def __init__(self, stream: PairStream, folder: Path):
         self.stream = stream
         self.folder = folder
+        self.epoch_length = stream.epoch_length
         self.places = {
             visit: (number, place)
             for number, visits in enumerate(stream.visits())

@@ -59,7 +59,10 @@ def _column_faults(features: Features | None, where: str) -> list[str]:
     faults = []
     if missing := [f"`{name}`" for name in FEATURES if name not in (*features, *OPTIONAL)]:
         columns = f"column {missing[0]} is" if len(missing) == 1 else f"columns {', '.join(missing)} are"
-        faults.append(f"{where}: {columns} missing; there are {', '.join(features)}.")
+        faults.append(
+            f"{where}: {columns} missing; there are {', '.join(features)}. Of pictures before and after an edit,"
+            " training/import_pairs.py makes such a set."
+        )
     for name, expected in FEATURES.items():
         if name not in features:
             continue
