@@ -21,7 +21,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from accidents import print_to
 from datasets import Dataset
-from diffusers import StableDiffusion3Img2ImgPipeline
+from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
@@ -73,6 +73,13 @@ def write_base(folder: Path, **scheduler) -> Path:
     components = tiny_models.sd_components(vae_scale_factor=4)
     components["scheduler"] = components["scheduler"].from_config(components["scheduler"].config, **scheduler)
     IEditPipeline(**components).save_pretrained(folder)
+    return folder
+
+
+def write_sdxl_base(folder: Path, **options) -> Path:
+    """A tiny random Stable Diffusion XL for pictures of 32 pixels."""
+    components = tiny_models.sdxl_components(vae_scale_factor=4)
+    StableDiffusionXLImg2ImgPipeline(**components, **options).save_pretrained(folder)
     return folder
 
 

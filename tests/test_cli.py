@@ -448,6 +448,7 @@ def test_help_names_the_models_of_the_package(command, capsys):
     text = capsys.readouterr().out
     assert "`mini`" in text
     assert "`mini-base`" in text
+    assert "`mini-sd3-iedit`" in text
 
 
 def test_help_names_the_values_of_networks(capsys):

@@ -20,7 +20,7 @@ import torch
 from accidents import free_port, two_ranks
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
-from small_pairs import make_rows, write_pairs
+from small_pairs import make_rows, write_pairs, write_sdxl_base
 
 from diffusers_iedit import IEditPipeline
 from diffusers_iedit.cli import build_parser, main
@@ -340,11 +340,12 @@ def test_a_base_that_is_gone_is_named_with_who_names_it_and_only_if_it_is_needed
     assert parse_variant("iedit", settings).models == (settings.model,)
 
 
-def test_a_flow_matching_model_is_told_how_it_is_compared(trained, models):
-    settings = Settings(model=trained("mini-sd3"))
-    assert settings.base_model == "mini-sd3"
-    with pytest.raises(ValueError, match=r"`base_model` 'mini-sd3' is a .* edits as editor:mini-sd3\."):
-        parse_variant("sdedit", settings).method_class(models).load(settings)
+def test_a_model_of_another_family_is_told_how_it_is_compared(trained, models, tmp_path):
+    for number, base in enumerate(("mini-sd3", str(write_sdxl_base(tmp_path / "sdxl")))):
+        settings = Settings(model=trained(base, f"runs/{number}"))
+        assert settings.base_model == base
+        with pytest.raises(ValueError, match=rf"`base_model` '{base}' is a .* edits as editor:{base}\."):
+            parse_variant("sdedit", settings).method_class(models).load(settings)
 
 
 # A whole evaluation

@@ -528,7 +528,7 @@ SD3_PARTS = ["sd3_text_to_image", "sd3_edit"]
     ("parts", "scenes"),
     # A step of SD3 costs four times as much: of its scenes, fewer have to do here.
     [
-        (["judge", "vae", "clip", "clipseg", "captioner", "vgg", "tiny_vae", "text_to_image", "edit"], 32),
+        (MINI_PARTS, 32),
         (SD3_PARTS, 24),
     ],
     ids=["mini", "mini-sd3"],

@@ -265,6 +265,16 @@ def test_a_split_that_is_not_there_is_an_error_that_says_so(tmp_path, function):
 
 
 @pytest.mark.parametrize("function", [load_pairs, validate])
+def test_a_file_in_the_place_of_its_folder_is_an_error_that_says_so(tmp_path, function):
+    save(tmp_path, dataset([row()]))
+    (file,) = tmp_path.rglob("*.parquet")
+    with pytest.raises(
+        ValueError, match=f"^'{file}' is a file, and has to be the folder that it lies in, or a Hub id"
+    ):
+        function(file)
+
+
+@pytest.mark.parametrize("function", [load_pairs, validate])
 def test_a_folder_without_data_is_an_error_that_says_so(tmp_path, function):
     with pytest.raises(ValueError, match=r"cannot be opened: .* doesn't contain any data files"):
         function(tmp_path)

@@ -21,6 +21,9 @@ from diffusers import (
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
 )
 from diffusers.optimization import SchedulerType
 from hub_server import TOKEN, USER, files_in
@@ -33,18 +36,28 @@ from small_pairs import (
     command,
     losses,
     make_rows,
+    same_end,
     train,
     train_iedit,
     weights,
     write_base,
     write_pairs,
     write_sd3_base,
+    write_sdxl_base,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_iedit import IEditPipeline, cli, mini
 from diffusers_iedit.finetuning.data import open_pairs
-from diffusers_iedit.finetuning.families import FAMILIES, StableDiffusion, StableDiffusion3, find_family, load_base
+from diffusers_iedit.finetuning.families import (
+    FAMILIES,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+    find_family,
+    load_base,
+    load_family,
+)
 from diffusers_iedit.finetuning.models import parameter_groups
 from diffusers_iedit.finetuning.options import LOSS_TERMS, LR_SCHEDULERS, PRESETS, TRAIN_BLOCKS, parse_args
 from diffusers_iedit.losses import IEditLoss
@@ -376,6 +389,7 @@ def test_train_blocks_chooses_what_is_trained(tmp_path, pairs, base, train_block
 
 def test_the_choices_of_train_blocks_are_those_of_the_families():
     assert set(StableDiffusion.train_blocks) == {"alternate", "input", "middle", "all", "attention"}
+    assert StableDiffusionXL.train_blocks == StableDiffusion.train_blocks
     assert set(StableDiffusion3.train_blocks) == {"alternate", "first", "middle", "all", "attention"}
     assert set(TRAIN_BLOCKS) == {choice for family in FAMILIES for choice in family.train_blocks}
 
@@ -512,6 +526,146 @@ def test_a_weighting_scheme_weighs_the_losses_on_what_is_predicted_alone(tmp_pat
     assert weighted["loss"] > 1.01 * plain_line["loss"]
 
 
+# Stable Diffusion XL
+
+
+@pytest.fixture(scope="module")
+def sdxl_base(tmp_path_factory):
+    return write_sdxl_base(tmp_path_factory.mktemp("made") / "sdxl-base")
+
+
+@pytest.fixture(scope="module")
+def sdxl_plain(tmp_path_factory, pairs, sdxl_base):
+    """As `plain`, of a Stable Diffusion XL: not its LoRA but its blocks themselves."""
+    output_dir = tmp_path_factory.mktemp("sdxl-plain") / "model"
+    train(arguments(pairs, sdxl_base, output_dir, "--checkpointing_steps", 1, "--lora_rank", 0))
+    return output_dir
+
+
+def test_what_is_trained_of_a_stable_diffusion_xl_is_its_unet_in_a_stock_pipeline(sdxl_plain, sdxl_base):
+    trained = {name.split(".")[0] for name in changed(weights(sdxl_plain), weights(sdxl_base))}
+    assert trained == {"conv_in", "down_blocks", "mid_block"}
+    ours, theirs = map(StableDiffusionXLImg2ImgPipeline.from_pretrained, (sdxl_plain, sdxl_base))
+    assert json.loads((sdxl_plain / "model_index.json").read_text())["_class_name"] == type(ours).__name__
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        assert changed(getattr(ours, name).state_dict(), getattr(theirs, name).state_dict()) == set()
+    assert ours.scheduler.config == theirs.scheduler.config
+    card = (sdxl_plain / "README.md").read_text()
+    assert card.index("A Stable Diffusion XL image-to-image model")
+    assert "stable-diffusion-xl-diffusers" in card
+    assert "LocalEditor.from_pretrained(repo)" in card
+
+
+def test_a_stable_diffusion_xl_is_called_as_its_pipeline_calls_it(sdxl_base):
+    family = load_family(str(sdxl_base))
+    calls, forward = [], family.model.forward
+
+    def listen(*args, **kwargs):
+        calls.append((args, kwargs))
+        return forward(*args, **kwargs)
+
+    with mock.patch.object(family.model, "forward", listen), torch.no_grad():
+        pipe = family.pipe
+        pipe.set_progress_bar_config(disable=True)
+        pipe("a blue car", image=Image.new("RGB", (48, 32)), strength=0.5, num_inference_steps=2, guidance_scale=3)
+        # The pipeline stacks the empty prompt on the other one.
+        ((noisy, timestep), theirs) = calls.pop()
+        prompt = family.encode_prompts(["", "a blue car"])
+        family.predict(family.model, noisy, timestep.repeat(2), **prompt)
+    ((_, _, states), ours) = calls.pop()
+    torch.testing.assert_close(states, theirs["encoder_hidden_states"])
+    for name, values in theirs["added_cond_kwargs"].items():
+        torch.testing.assert_close(ours["added_cond_kwargs"][name], values)
+
+
+def test_an_empty_prompt_of_a_stable_diffusion_xl_is_what_its_config_says(tmp_path, sdxl_base):
+    assert not any(values.any() for values in load_family(str(sdxl_base)).encode_prompts([""]).values())
+    other = write_sdxl_base(tmp_path / "base", force_zeros_for_empty_prompt=False)
+    assert all(values.any() for values in load_family(str(other)).encode_prompts([""]).values())
+
+
+def test_a_stable_diffusion_xl_is_trained_by_lora_unless_told_otherwise(tmp_path, pairs, sdxl_base):
+    output_dir = tmp_path / "model"
+    train(arguments(pairs, sdxl_base, output_dir, "--learning_rate", 0.05, "--cache_latents"))
+    assert json.loads((output_dir / "training_args.json").read_text())["lora_rank"] == 16
+    edits = []
+    for folder, lora in ((output_dir, None), (sdxl_base, output_dir / "lora"), (sdxl_base, None)):
+        pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        if lora:
+            pipe.load_lora_weights(lora)
+        what = {"image": make_rows(1)[0]["source_image"], "prompt": "a blue car", "output_type": "np"}
+        edits.append(pipe(**what, num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images)
+    np.testing.assert_allclose(edits[0], edits[1], atol=1e-3)
+    assert np.abs(edits[0] - edits[2]).max() > 1e-2
+
+
+def test_an_evaluation_of_a_stable_diffusion_xl_names_no_folders_and_can_be_done_of_another_share(
+    tmp_path, pairs, sdxl_base
+):
+    options = ("--max_train_steps", 1, "--loss", "ldm", "--checkpointing_steps", 1, "--evaluation_data", "mini")
+    options += ("--num_evaluation_examples", 1, "--num_inference_steps", 1)
+    argv = arguments(pairs, sdxl_base, tmp_path / "model", *options)
+    train(argv)
+    first = (tmp_path / "model/README.md").read_text()
+    assert "LocalEditor, given mask (sdxl-base)" in first
+    assert "LocalEditor, given mask (model)" in first
+    train([*argv, "--base_share", "0.5", "--resume_from_checkpoint", "latest"])
+    assert "LocalEditor, given mask (model)" in (tmp_path / "model/README.md").read_text()
+    for card in (first, (tmp_path / "model/README.md").read_text()):
+        assert str(tmp_path) not in card
+        assert str(sdxl_base.parent) not in card
+    assert {path.name for path in (tmp_path / "model/evaluation").iterdir()} == {"step-000001", "step-000001-base-0.5"}
+
+
+def test_the_text_to_image_pipeline_of_a_stable_diffusion_xl_is_a_base_too(tmp_path, pairs, sdxl_base):
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_base)
+    pipe.save_pretrained(tmp_path / "base")
+    options = ("--max_train_steps", 1, "--loss", "ldm", "--num_validation_pairs", 1, "--num_inference_steps", 2)
+    train(arguments(pairs, tmp_path / "base", tmp_path / "model", *options))
+    # Source, mask, SDEdit, iEdit and iEdit-M, which keeps what lies outside the mask.
+    pixels = np.asarray(Image.open(tmp_path / "model/images/step-000001.png")).astype(int)
+    source, mask, _, _, masked = np.split(pixels, 5, axis=1)
+    np.testing.assert_array_equal(masked[mask == 0], source[mask == 0])
+
+
+def test_a_training_of_a_stable_diffusion_xl_goes_on_to_the_same_weights(tmp_path, pairs, sdxl_base, sdxl_plain):
+    shutil.copytree(sdxl_plain, tmp_path / "model")
+    options = ("--lora_rank", 0, "--resume_from_checkpoint", "checkpoint-1")
+    train(arguments(pairs, sdxl_base, tmp_path / "model", *options))
+    assert same_end(tmp_path / "model", sdxl_plain)
+
+
+def test_a_stable_diffusion_xl_for_another_task_or_with_other_latents_is_refused(tmp_path, pairs, capsys):
+    components = tiny_models.sdxl_components(vae_scale_factor=4)
+    config = dict(components["unet"].config) | {"in_channels": 9}
+    unet = type(components["unet"]).from_config(config)
+    StableDiffusionXLInpaintPipeline(**components | {"unet": unet}).save_pretrained(tmp_path / "inpaint")
+    components["vae"].register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    StableDiffusionXLPipeline(**components).save_pretrained(tmp_path / "playground")
+    components = tiny_models.sdxl_components(vae_scale_factor=4) | {"tokenizer_2": None}
+    StableDiffusionXLPipeline(**components).save_pretrained(tmp_path / "part")
+    for name, said in (
+        ("inpaint", "its UNet takes 9 channels"),
+        ("playground", "its latents are normalised"),
+        ("part", "`model` has no tokenizer_2"),
+    ):
+        assert said in error(arguments(pairs, tmp_path / name, tmp_path / "model"), capsys)
+
+
+def test_the_vae_of_a_stable_diffusion_xl_stays_in_fp32(tmp_path, pairs, sdxl_base):
+    vae = load_family(str(sdxl_base)).pipe.vae
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        latents = vae.encode(torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16)).latent_dist.mode()
+        assert latents.dtype == vae.decode(latents.bfloat16()).sample.dtype == torch.float32
+    # Its pipeline casts it, if it is let.
+    for count in (0, 1):
+        options = ("--mixed_precision", "bf16", "--num_validation_pairs", count, "--num_inference_steps", 2)
+        train(arguments(pairs, sdxl_base, tmp_path / str(count), *options, "--max_train_steps", 2))
+    assert losses(tmp_path / "1") == losses(tmp_path / "0")
+    assert changed(weights(tmp_path / "1"), weights(tmp_path / "0")) == set()
+
+
 # Pairs of other sizes, and few of them
 
 
@@ -549,17 +703,42 @@ def test_pairs_whose_masks_all_vanish_are_an_error(tmp_path, base, capsys, optio
     assert not (tmp_path / "model/model_index.json").exists()
 
 
-def test_pairs_whose_masks_all_vanish_are_an_error_in_less_than_an_epoch(tmp_path, base, capsys):
+def vanish(row):
+    row["source_mask"] = Image.new("L", (64, 64))
+    row["source_mask"].putpixel((30, 30), 255)
+
+
+def test_pairs_whose_masks_all_vanish_are_an_error_in_less_than_an_epoch_and_after_a_stop(tmp_path, base, capsys):
     rows = make_rows(3)
     for row in rows:
-        row["source_mask"] = Image.new("L", (64, 64))
-        row["source_mask"].putpixel((30, 30), 255)
+        vanish(row)
     data = write_pairs(tmp_path / "pairs", rows)
-    options = ("--loss", "mask", "--train_batch_size", 1, "--max_train_steps", 1)
-    assert "all of the 1 samples" in error(arguments(data, base, tmp_path / "model", *options), capsys)
+    options = ("--loss", "mask", "--train_batch_size", 1)
+    argv = arguments(data, base, tmp_path / "model", *options, "--max_train_steps", 1)
+    assert "all of the 1 samples of steps 1 to 1 were" in error(argv, capsys)
+    argv = arguments(data, base, tmp_path / "stopped", *options, "--checkpointing_steps", 2)
+    assert "all of the 3 samples of steps 1 to 3 were" in error(argv, capsys)
+    argv += ["--resume_from_checkpoint", "latest"]
+    assert "all of the 3 samples of steps 1 to 3 were" in error(argv, capsys)
 
 
-@pytest.mark.parametrize("model", ["base", "sd3_base"])
+def test_a_training_that_goes_on_remembers_that_a_pair_was_not_left_out(tmp_path, base):
+    rows = make_rows(6)
+    for row in rows[:3] + rows[4:]:
+        vanish(row)
+    data = write_pairs(tmp_path / "pairs", rows)
+    options = ("--loss", "mask", "--train_batch_size", 1, "--max_train_steps", 14, "--checkpointing_steps", 1)
+    train(arguments(data, base, tmp_path / "model", *options))
+    used = [line["step"] for line in losses(tmp_path / "model") if not line["left_out"]]
+    # Of the six steps after it, which begin within an epoch, none uses it.
+    last = int(
+        max(step for step in used if step + 7 <= 14 and not set(used) & set(range(int(step) + 1, int(step) + 7)))
+    )
+    train(arguments(data, base, tmp_path / "model", *options, "--resume_from_checkpoint", f"checkpoint-{last}"))
+    assert [line["step"] for line in losses(tmp_path / "model") if not line["left_out"]] == used
+
+
+@pytest.mark.parametrize("model", ["base", "sdxl_base", "sd3_base"])
 def test_one_pair_of_pictures_of_other_aspects_is_enough_for_a_batch_and_for_buckets(tmp_path, model, request):
     row = make_rows(1)[0]
     for side, size in (("source", (96, 48)), ("target", (48, 64))):
@@ -751,6 +930,71 @@ def test_with_ema_the_average_is_what_is_saved(tmp_path, pairs, base, plain):
     assert all(torch.equal(saved[name], values) for name, values in average.items())
 
 
+@pytest.mark.parametrize("options", [(), ("--use_ema", "--ema_decay", 0.5)])
+def test_what_is_saved_has_the_base_s_share_of_the_base(tmp_path, pairs, base, plain, options):
+    share = ("--checkpointing_steps", 2, "--base_share", 0.25)
+    train(arguments(pairs, base, tmp_path / "model", *share, *options))
+    # It does not take part in the training.
+    assert losses(tmp_path / "model") == losses(plain)
+    last = tmp_path / "model/checkpoint-4"
+    trained = load_file(last / ("ema.safetensors" if options else "trained.safetensors"))
+    assert (
+        changed(load_file(last / "trained.safetensors"), load_file(plain / "checkpoint-4/trained.safetensors"))
+        == set()
+    )
+    saved, before = weights(tmp_path / "model"), weights(base)
+    for name, values in trained.items():
+        assert torch.allclose(saved[name], 0.75 * values + 0.25 * before[name], atol=1e-6), name
+    assert changed(saved, before) == changed(weights(plain), before)
+    assert "| base_share | 0.25 |" in (tmp_path / "model/README.md").read_text()
+
+
+def test_a_finished_training_takes_another_share_of_the_base(tmp_path, pairs, base, plain):
+    shutil.copytree(plain, tmp_path / "model")
+    train(arguments(pairs, base, tmp_path / "model", "--resume_from_checkpoint", "latest", "--base_share", 0.5))
+    assert losses(tmp_path / "model") == losses(plain)
+    half, full, before = weights(tmp_path / "model"), weights(plain), weights(base)
+    for name, values in half.items():
+        assert torch.allclose(values, (full[name] + before[name]) / 2, atol=1e-6), name
+    assert changed(half, full)
+
+
+def test_a_stop_while_another_share_is_saved_leaves_no_model_that_looks_finished(tmp_path, pairs, base):
+    options = ("--lora_rank", 2, "--max_train_steps", 1, "--checkpointing_steps", 1, "--loss", "ldm")
+    argv = arguments(pairs, base, tmp_path / "model", *options)
+    train(argv)
+    argv += ["--base_share", "0.5", "--resume_from_checkpoint", "latest"]
+    with (
+        mock.patch.object(train_iedit, "save_pipeline", side_effect=OSError("full")),
+        pytest.raises(OSError, match="full"),
+    ):
+        train(argv)
+    assert not (tmp_path / "model/model_index.json").exists()
+    train(argv)
+    train([*arguments(pairs, base, tmp_path / "other", *options), "--base_share", "0.5"])
+    assert changed(weights(tmp_path / "model"), weights(tmp_path / "other")) == set()
+
+
+@pytest.mark.parametrize("model", ["base", "sdxl_base", "sd3_base"])
+def test_of_lora_layers_the_base_s_share_is_a_smaller_scale(tmp_path, pairs, model, request):
+    base, found = request.getfixturevalue(model), {}
+    options = ("--lora_rank", 2, "--learning_rate", 0.05, "--train_blocks", "attention", "--max_train_steps", 2)
+    for share in (0, 0.75):
+        folder = tmp_path / str(share)
+        train(arguments(pairs, base, folder, *options, "--base_share", share))
+        (file,) = (folder / "lora").glob("*.safetensors")
+        found[share] = weights(folder), load_file(file)
+    before = weights(base)
+    (whole, layers), (quarter, lora) = found[0], found[0.75]
+    for name, values in quarter.items():
+        assert torch.allclose(values - before[name], (whole[name] - before[name]) / 4, atol=1e-5), name
+    assert changed(whole, before)
+    # So are the layers that lie beside the pipeline.
+    for name, values in lora.items():
+        first = re.search(r"lora_A|lora\.down", name)
+        assert torch.equal(values, layers[name] if first else layers[name] / 4), name
+
+
 def test_two_accumulated_batches_of_one_are_a_batch_of_two(tmp_path, pairs, base, plain):
     options = ("--train_batch_size", 1, "--gradient_accumulation_steps", 2)
     train(arguments(pairs, base, tmp_path / "model", *options))
@@ -826,6 +1070,8 @@ def error(argv, capsys):
         (("--loss", "loc+loc"), "--loss has to be some of loc, global, .*, each once, .*, got 'loc+loc'."),
         (("--lambda_perc", "-0.1"), "--lambda_perc has to be 0 or more, got -0.1."),
         (("--background_weight", "-1"), ".?.?background_weight.? has to be 0 or more, got -1.0."),
+        (("--base_share", "1"), "--base_share has to be at least 0 and below 1, got 1.0."),
+        (("--base_share", "-0.1"), "--base_share has to be at least 0 and below 1, got -0.1."),
         (("--caption_dropout", "1.5"), "--caption_dropout has to be between 0 and 1, got 1.5."),
         (("--max_train_steps", "0"), "--max_train_steps has to be 1 or more, got 0."),
         (("--lora_rank", "-1"), "--lora_rank has to be 0 or more, got -1."),
@@ -930,7 +1176,19 @@ def test_a_base_with_a_unet_for_another_task_is_refused(tmp_path, pairs, capsys)
     ("class_name", "parts"),
     [
         ("FluxPipeline", {"transformer": ["diffusers", "FluxTransformer2DModel"]}),
-        ("StableDiffusionXLPipeline", {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder_2": ["a", "b"]}),
+        (
+            "StableDiffusionControlNetPipeline",
+            {"unet": ["diffusers", "UNet2DConditionModel"], "controlnet": ["diffusers", "ControlNetModel"]},
+        ),
+        (
+            # The refiner.
+            "StableDiffusionXLImg2ImgPipeline",
+            {
+                "unet": ["diffusers", "UNet2DConditionModel"],
+                "text_encoder": [None, None],
+                "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            },
+        ),
     ],
 )
 def test_a_family_that_cannot_be_trained_is_told_with_those_that_can(tmp_path, pairs, capsys, class_name, parts):
@@ -939,7 +1197,7 @@ def test_a_family_that_cannot_be_trained_is_told_with_those_that_can(tmp_path, p
     (base / "model_index.json").write_text(json.dumps({"_class_name": class_name} | parts))
     assert error(arguments(pairs, base, tmp_path / "model"), capsys) == (
         f"`model` '{base}' is a {class_name}, which cannot be fine-tuned here: it has to be a Stable Diffusion 1.x or"
-        " 2.x, or a Stable Diffusion 3 or 3.5."
+        " 2.x, or a Stable Diffusion XL with both text encoders, or a Stable Diffusion 3 or 3.5."
     )
     assert not (tmp_path / "model/losses.csv").exists()
 
@@ -998,7 +1256,9 @@ def test_a_model_that_is_read_is_not_written_over(tmp_path, pairs, base, capsys,
     assert files_in(folder) == before
 
 
-@pytest.mark.parametrize(("model", "name"), [("mini", "iedit"), ("mini-base", "iedit"), ("mini-sd3", "sd3")])
+@pytest.mark.parametrize(
+    ("model", "name"), [("mini", "iedit"), ("mini-base", "iedit"), ("mini-sd3", "sd3"), ("mini-sd3-iedit", "sd3")]
+)
 def test_the_package_s_own_model_is_not_written_over(pairs, capsys, model, name):
     message = error(arguments(pairs, model, mini.model_path(name)), capsys)
     assert message.startswith(f"`output_dir` {mini.model_path(name)} is the folder of `model` {model}")

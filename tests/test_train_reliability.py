@@ -39,7 +39,17 @@ from small_pairs import (
     write_pairs,
 )
 from test_build_reliability import small_disk  # noqa: F401
-from test_train import base, changed, close, pairs, plain, sd3_base, sd3_plain  # noqa: F401
+from test_train import (  # noqa: F401
+    base,
+    changed,
+    close,
+    pairs,
+    plain,
+    sd3_base,
+    sd3_plain,
+    sdxl_base,
+    sdxl_plain,
+)
 
 from diffusers_iedit import IEditPipeline
 from diffusers_iedit.finetuning.checkpoints import list_checkpoints, load_checkpoint
@@ -66,12 +76,11 @@ class Case(NamedTuple):
     options: tuple = ()
 
 
-@pytest.fixture(params=["SD", "SD3"])
+@pytest.fixture(params=["", pytest.param("sdxl_", marks=pytest.mark.slow), "sd3_"], ids=["SD", "SDXL", "SD3"])
 def case(request):
-    """Either family."""
-    if request.param == "SD":
-        return Case(request.getfixturevalue("base"), request.getfixturevalue("plain"))
-    return Case(request.getfixturevalue("sd3_base"), request.getfixturevalue("sd3_plain"), ("--lora_rank", 0))
+    """Each family."""
+    base, plain = (request.getfixturevalue(f"{request.param}{name}") for name in ("base", "plain"))
+    return Case(base, plain, ("--lora_rank", 0) if request.param else ())
 
 
 def start(context, *args, **kwargs):

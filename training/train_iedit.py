@@ -1,5 +1,5 @@
-"""Fine-tunes a Stable Diffusion model (1.x, 2.x, 3 or 3.5) with iEdit's objective (Secs. 3.3, 3.4 and 4.1) on pairs
-from build_dataset.py.
+"""Fine-tunes a Stable Diffusion model (1.x, 2.x, XL, 3 or 3.5) with iEdit's objective (Secs. 3.3, 3.4 and 4.1) on
+pairs from build_dataset.py.
 
     accelerate launch training/train_iedit.py --train_data PAIRS --output_dir MODEL
 
@@ -18,7 +18,6 @@ if __name__ == "__main__":
 import argparse
 import json
 import logging
-import math
 import multiprocessing
 import re
 import shlex
@@ -34,7 +33,7 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from datasets.fingerprint import Hasher
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, parse_buckets_string
@@ -123,6 +122,12 @@ def check_evaluation(args: argparse.Namespace, accelerator: Accelerator) -> None
             pass
 
 
+def evaluation_folder(args: argparse.Namespace) -> Path:
+    """Of this model alone: after more steps, or averaged otherwise with its base, it is another one."""
+    share = f"-base-{args.base_share:g}" if args.base_share else ""
+    return args.output_dir / "evaluation" / f"step-{args.max_train_steps:06}{share}"
+
+
 def evaluate_model(args: argparse.Namespace, family: Family) -> tuple[list[dict[str, str]], str]:
     """The card's table, of what the base and the model make of the examples, and a note to it."""
     from diffusers_iedit.evaluation.methods import Settings
@@ -132,8 +137,7 @@ def evaluate_model(args: argparse.Namespace, family: Family) -> tuple[list[dict[
     results = evaluate(
         args.evaluation_data,
         family.evaluation_methods(args.model, str(args.output_dir)),
-        # After more steps, it is another model that is evaluated.
-        args.output_dir / "evaluation" / f"step-{args.max_train_steps:06}",
+        evaluation_folder(args),
         Settings(model=str(args.output_dir), base_model=args.model, **settings),
         num_examples=args.num_evaluation_examples,
         networks=MINI_NETWORKS if args.clip_model == "mini" else None,
@@ -171,7 +175,8 @@ def write_card(
     names = (
         "preset loss lambda_perc background_weight overlap_masks min_edit_timestep caption_dropout snr_gamma "
         "weighting_scheme train_blocks lora_rank max_train_steps learning_rate lr_scheduler lr_warmup_steps "
-        "resolution random_crop random_flip clip_model perceptual_model loss_decoder use_ema mixed_precision seed"
+        "resolution random_crop random_flip clip_model perceptual_model loss_decoder use_ema base_share "
+        "mixed_precision seed"
     )
     settings = {"total_batch_size": total_batch_size} | {name: getattr(args, name) for name in names.split()}
     grid = f"images/step-{args.max_train_steps:06}.png"
@@ -200,7 +205,7 @@ def evaluation_command(args: argparse.Namespace, family: Family | type[Family]) 
         "model": args.output_dir,
         "base-model": args.model,
         "methods": ",".join(family.evaluation_methods(args.model, str(args.output_dir))),
-        "output-dir": args.output_dir / "evaluation" / f"step-{args.max_train_steps:06}",
+        "output-dir": evaluation_folder(args),
         "strength": args.strength,
         "guidance-scale": args.guidance_scale,
         "steps": args.num_inference_steps,
@@ -416,6 +421,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         trainable = {name: parameter for group in groups for name, parameter in group.items()}
     ema = EMAModel(trainable.values(), args.ema_decay, use_ema_warmup=True) if args.use_ema else None
     register_hooks(accelerator, trainable, ema)
+    # On the CPU, as nothing needs it before the end. Under FSDP, a process has its own part of it.
+    start = [parameter.detach().to("cpu", copy=True) for parameter in trainable.values()] if args.base_share else []
 
     # 5. Where it starts.
     config = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
@@ -471,8 +478,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
     step, micro_batches, stopped = first_step, [], False
-    # With so many samples left out, and no other seen, all are.
-    unused, all_unused = 0, min(stream.epoch_length, args.max_train_steps * total_batch_size)
+    # Whether any sample had a part in the training; in an epoch every pair is seen. Where a crop lies decides, too.
+    used = [accelerator.is_main_process and any(row["left_out"] < total_batch_size for row in loss_log.read())]
+    used = broadcast_object_list(used)[0]
+    enough = min((10 if args.random_crop else 1) * stream.epoch_length, args.max_train_steps * total_batch_size)
     with tqdm(
         total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
     ) as progress:
@@ -530,11 +539,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             means = dict(zip(("loss", *terms), means, strict=True))
             learning_rate = lr_scheduler.get_last_lr()[0]
             left_out = round(left_out * total_batch_size)
-            unused = unused + left_out if left_out == total_batch_size else -math.inf
-            if unused >= all_unused:
+            used = used or left_out < total_batch_size
+            if not used and step * total_batch_size >= enough:
                 raise ValueError(
-                    f"`train_data`: all of the {unused} samples of steps {first_step + 1} to {step} were left out, so"
-                    f" nothing is trained: {LEFT_OUT} A larger `resolution` keeps more of small masks."
+                    f"`train_data`: all of the {step * total_batch_size} samples of steps 1 to {step} were left out,"
+                    f" so nothing is trained: {LEFT_OUT} A larger `resolution` keeps more of small masks."
                 )
             if accelerator.is_main_process:
                 loss_log.write({"step": step, **means, "learning_rate": learning_rate, "left_out": left_out})
@@ -565,12 +574,21 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
                 f"{left_out:.0f} of {count} samples were left out: {LEFT_OUT} losses.csv has them by steps."
             )
 
-    # 7. The model: the base with what was trained in its place. LoRA layers are merged, and lie beside it as well.
-    if validation:
-        show(args.max_train_steps)
+    # 7. The model: the base with what was trained, or its average with the base, in its place. LoRA layers are merged,
+    # and lie beside it as well.
     if ema is not None:
         ema.copy_to(trainable.values())
+        ema = None
+    with torch.no_grad():
+        for (name, parameter), before in zip(trainable.items(), start, strict=False):
+            # Of the product of two LoRA matrices, one has the share; it starts at zero.
+            if "lora_A" not in name:
+                parameter.lerp_(before.to(parameter.device), args.base_share)
+    if validation:
+        show(args.max_train_steps)
     if args.lora_rank is not None and accelerator.is_main_process:
+        # Until it has the pipeline of these layers, it is no finished model.
+        (output_dir / "model_index.json").unlink(missing_ok=True)
         save_lora(family, output_dir / "lora")
     # Compiled, the names of the weights are others.
     state = accelerator.get_state_dict(wrapped)

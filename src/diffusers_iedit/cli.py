@@ -170,7 +170,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=DEFAULT_MODEL,
         help="a Hub id or folder of any image-to-image or editing model of diffusers (SD, SDXL, SD3, Flux, Flux"
         " Kontext, Flux.2, Qwen-Image, Qwen-Image-Edit, Z-Image, Chroma, Kolors ...); or, of the small models of the"
-        " package, `mini`, `mini-sd3`, or `mini-base`, from which `mini` was fine-tuned (default: %(default)s)",
+        " package, `mini`, `mini-sd3-iedit`, or `mini-base` and `mini-sd3`, from which they were fine-tuned (default:"
+        " %(default)s)",
     )
     models.add_argument(
         "--device",

@@ -253,8 +253,8 @@ class LocalEditor(MaskFinderMixin):
         Args:
             model (`str` or `Path`):
                 A Hub id or a folder of the models of any pipeline that `pipeline_class` has a class for, or `"mini"`,
-                `"mini-base"` or `"mini-sd3"`, which the package ships. If it has a mask model and a
-                captioner, as the folders of [`IEditPipeline`] do, these are loaded too.
+                `"mini-base"`, `"mini-sd3"` or `"mini-sd3-iedit"`, which the package ships. If it has a mask model and
+                a captioner, as the folders of [`IEditPipeline`] do, these are loaded too.
             kwargs:
                 `mask_model`, `mask_processor`, `captioner` and `caption_processor` as for the editor; all others go to
                 [`AutoPipelineForImage2Image.from_pretrained`]: `dtype`, `device_map`, `quantization_config`,

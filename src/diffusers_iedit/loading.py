@@ -31,6 +31,7 @@ SHIPPED_PIPELINES: dict[str, tuple[Path, dict[str, Path]]] = {
     "mini": (mini.model_path(), {}),
     "mini-base": (mini.model_path(), {"unet": mini.base_unet_path()}),
     "mini-sd3": (mini.model_path("sd3"), {}),
+    "mini-sd3-iedit": (mini.model_path("sd3"), {"transformer": mini.sd3_iedit_path()}),
 }
 
 MASK_MODEL = "CIDAS/clipseg-rd64-refined"
@@ -113,7 +114,7 @@ def find(name: str | Path, argument: str, shipped: Iterable[str]) -> Path | None
 
 
 def find_pipeline(name: str | Path, argument: str) -> Path | None:
-    """As `find`, for the folder of a diffusers pipeline; the package ships `mini`, `mini-base` and `mini-sd3`."""
+    """As `find`, for the folder of a diffusers pipeline; the package ships those of `SHIPPED_PIPELINES`."""
     folder = find(name, argument, SHIPPED_PIPELINES)
     if folder is not None and not (folder / "model_index.json").is_file():
         raise ValueError(
@@ -415,8 +416,8 @@ def load_pipeline(
 
     Args:
         cls (`type`): The pipeline's class, or [`DiffusionPipeline`] for that which the folder names.
-        name (`str` or `Path`): A Hub id, a folder, `mini`, `mini-base`, from which `mini` was fine-tuned, or
-            `mini-sd3`, a `StableDiffusion3Img2ImgPipeline`.
+        name (`str` or `Path`): A Hub id, a folder, `mini`, `mini-base`, from which `mini` was fine-tuned,
+            `mini-sd3`, a `StableDiffusion3Img2ImgPipeline`, or `mini-sd3-iedit`, which was fine-tuned from that.
         argument (`str`): As for `usable`.
         kind (`str`, *optional*): What was expected, in the user's words; by default the class's name.
         dtype (`torch.dtype`, *optional*): Of the models.

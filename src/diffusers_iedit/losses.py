@@ -285,7 +285,7 @@ class LatentDecoder(nn.Module):
 
     Args:
         vae (`AutoencoderKL` or `AutoencoderTiny`): Is frozen. Runs in its own precision, or in that of autocast;
-            decoders that overflow in float16 (SDXL's) want bfloat16.
+            decoders that overflow in float16 (SDXL's) want bfloat16, or none.
     """
 
     def __init__(self, vae: "AutoencoderKL | AutoencoderTiny"):

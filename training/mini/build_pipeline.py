@@ -43,6 +43,7 @@ PARTS = {
     "vgg": "vgg",
     "tiny_vae": "tiny_vae",
     "sd3": "sd3/transformer",
+    "finetuned_sd3": "sd3_iedit",
 }
 """Part -> where it lies, or most of it, among the finished models."""
 
@@ -55,9 +56,9 @@ def main() -> None:
         "--only",
         nargs="+",
         choices=PARTS,
-        default=[part for part in PARTS if part != "finetuned"],
+        default=[part for part in PARTS if not part.startswith("finetuned")],
         help="take just these parts from the work folder; the others stay as they are in the output folder. By default"
-        " all that train_all.py trains; the pipeline then has the base UNet until finetune.py has fine-tuned it",
+        " all that train_all.py trains; what finetune.py makes of it comes later",
     )
     args = parser.parse_args()
 

@@ -220,7 +220,7 @@ class Method:
             name = getattr(settings, use)
             try:
                 index = read_index(name, f"`{use}`")
-                if "unet" not in index:
+                if "unet" not in index or "text_encoder_2" in index:
                     raise ValueError(
                         f"`{use}` {name!r} is a {index['_class_name']}, by which `methods` edits as editor:{name}."
                     )

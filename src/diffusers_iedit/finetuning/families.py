@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Img2ImgPipeline,
+    StableDiffusionXLImg2ImgPipeline,
 )
 from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
@@ -75,6 +77,8 @@ class Family:
     def native_resolution(self) -> int:
         """The pixels, in the shorter direction, of the pictures that the base was made for."""
         size = self.model.config.sample_size
+        if size is None:
+            return self.resolution
         return self.pipe.vae_scale_factor * (size if isinstance(size, int) else min(size))
 
     @property
@@ -143,19 +147,19 @@ class Family:
 
     def editor(self, device: torch.device) -> Any:
         """What edits with the model while it is trained: a callable of picture, prompt and mask."""
-        raise NotImplementedError
+        pipe = self.pipe.to(device)
+        pipe.set_progress_bar_config(disable=True)
+        return LocalEditor(pipe)
 
     @classmethod
     def evaluation_methods(cls, base: str, model: str) -> list[str]:
         """What `iedit evaluate` calls the base's edits and the model's."""
-        raise NotImplementedError
+        return [f"editor:{base}", f"editor:{model}"]
 
 
-class StableDiffusion(Family):
-    """Stable Diffusion 1.x and 2.x: a UNet that predicts noise, or v."""
+class _DiffusionUNet(Family):
+    """A UNet that predicts noise, or v."""
 
-    kind = "Stable Diffusion 1.x or 2.x"
-    pipeline_class = IEditPipeline
     model_name = "unet"
     # "alternate" is the paper's (Sec. 4.1).
     train_blocks = {
@@ -166,18 +170,12 @@ class StableDiffusion(Family):
         "attention": ("attention",),
     }
     lora_layers = r"(to_q|to_k|to_v|to_out\.0)"
-    # The paper's.
-    resolution = 384
 
     def __init__(self, pipe: DiffusionPipeline):
         super().__init__(pipe)
         self.scheduler = DDPMScheduler.from_config(self.pipe.scheduler.config)
         self.prediction_type = self.scheduler.config.prediction_type
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
-
-    @staticmethod
-    def fits(index: dict) -> bool:
-        return "unet" in index and "text_encoder_2" not in index
 
     def settle(self, args: argparse.Namespace) -> None:
         super().settle(args)
@@ -193,10 +191,6 @@ class StableDiffusion(Family):
             "attention": r".*\.attn[12]\.",
         }[name]
 
-    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        tokens = self.pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return {"states": self.pipe.text_encoder(tokens.to(self.pipe.text_encoder.device))[0]}
-
     def draw_timestep(self, generator: torch.Generator) -> torch.Tensor:
         return torch.randint(self.num_train_timesteps, (), generator=generator)
 
@@ -209,13 +203,30 @@ class StableDiffusion(Family):
         snr = compute_snr(self.scheduler, timesteps)
         return snr.clamp(max=snr_gamma) / (snr + 1 if self.prediction_type == "v_prediction" else snr)
 
-    def predict(self, model, noisy_latents, timesteps, **prompt):
-        return model(noisy_latents, timesteps, prompt["states"], return_dict=False)[0]
-
     def lora_state(self) -> dict[str, Any]:
         from peft import get_peft_model_state_dict
 
         return {"unet_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(self.model))}
+
+
+class StableDiffusion(_DiffusionUNet):
+    """Stable Diffusion 1.x and 2.x."""
+
+    kind = "Stable Diffusion 1.x or 2.x"
+    pipeline_class = IEditPipeline
+    # The paper's.
+    resolution = 384
+
+    @staticmethod
+    def fits(index: dict) -> bool:
+        return "unet" in index and not {"text_encoder_2", "controlnet"} & index.keys()
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        tokens = self.pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return {"states": self.pipe.text_encoder(tokens.to(self.pipe.text_encoder.device))[0]}
+
+    def predict(self, model, noisy_latents, timesteps, **prompt):
+        return model(noisy_latents, timesteps, prompt["states"], return_dict=False)[0]
 
     def editor(self, device: torch.device) -> Any:
         names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
@@ -227,6 +238,79 @@ class StableDiffusion(Family):
     @classmethod
     def evaluation_methods(cls, base: str, model: str) -> list[str]:
         return ["sdedit", "iedit", "iedit-m"]
+
+
+def _in_fp32(function: Callable) -> Callable:
+    """A function of one tensor, as a model's `decode`, outside of autocast."""
+
+    def call(tensor: torch.Tensor, *args, **kwargs):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor.float(), *args, **kwargs)
+
+    return call
+
+
+class StableDiffusionXL(_DiffusionUNet):
+    """Stable Diffusion XL: two text encoders, and a UNet that is told of the picture's size.
+
+    Its VAE, which overflows in fp16, stays in fp32 wherever it is used.
+
+    Raises:
+        ValueError: If it lacks a part, if its latents are not those of the UNet's input, as in models for inpainting,
+            or if they are normalised by means of their own, as Playground's, which also has its own schedule.
+    """
+
+    kind = "Stable Diffusion XL with both text encoders"
+    pipeline_class = StableDiffusionXLImg2ImgPipeline
+    resolution = 1024
+    # Of a model this large, as for Stable Diffusion 3.
+    lora_rank = 16
+
+    def __init__(self, pipe: DiffusionPipeline):
+        for name in ("vae", "tokenizer", "tokenizer_2"):
+            if getattr(pipe, name) is None:
+                raise ValueError(f"`model` has no {name}, and cannot be trained without.")
+        super().__init__(pipe)
+        if self.model.config.addition_embed_type != "text_time":
+            raise ValueError(
+                "`model`: its UNet has to be told of the picture's size (`addition_embed_type` text_time), as Stable"
+                f" Diffusion XL's is, and is told of {self.model.config.addition_embed_type}."
+            )
+        takes, has = self.model.config.in_channels, self.pipe.vae.config.latent_channels
+        if takes != has:
+            raise ValueError(
+                f"`model`: its UNet takes {takes} channels, where its VAE has {has}: it is made for inpainting or"
+                " another task."
+            )
+        if self.pipe.vae.config.latents_mean is not None:
+            raise ValueError("`model`: its latents are normalised by their mean, which is not supported.")
+        vae = self.pipe.vae
+        # Or else the pipeline would cast it to the precision of the prompts.
+        vae.register_to_config(force_upcast=False)
+        vae.encode, vae.decode = _in_fp32(vae.encode), _in_fp32(vae.decode)
+
+    @staticmethod
+    def fits(index: dict) -> bool:
+        # The refiner lacks the first of them.
+        encoders = [index.get(name, [None])[0] for name in ("text_encoder", "text_encoder_2")]
+        return "unet" in index and "controlnet" not in index and encoders == 2 * ["transformers"]
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        states, _, pooled, _ = self.pipe.encode_prompt(
+            prompts, device=self.pipe.text_encoder.device, do_classifier_free_guidance=False
+        )
+        if self.pipe.config.force_zeros_for_empty_prompt:
+            # What guidance starts from in the pipeline.
+            given = torch.tensor([bool(prompt) for prompt in prompts], device=states.device)
+            states, pooled = states * given.view(-1, 1, 1), pooled * given.view(-1, 1)
+        return {"states": states, "pooled": pooled}
+
+    def predict(self, model, noisy_latents, timesteps, **prompt):
+        # Of what was not cropped from anything larger, as the pipeline says of its own pictures.
+        size = [self.pipe.vae_scale_factor * edge for edge in noisy_latents.shape[-2:]]
+        time_ids = noisy_latents.new_tensor([*size, 0, 0, *size]).repeat(len(noisy_latents), 1)
+        conditions = {"text_embeds": prompt["pooled"], "time_ids": time_ids}
+        return model(noisy_latents, timesteps, prompt["states"], added_cond_kwargs=conditions, return_dict=False)[0]
 
 
 class StableDiffusion3(Family):
@@ -325,17 +409,8 @@ class StableDiffusion3(Family):
 
         return {"transformer_lora_layers": get_peft_model_state_dict(self.model)}
 
-    def editor(self, device: torch.device) -> Any:
-        pipe = self.pipe.to(device)
-        pipe.set_progress_bar_config(disable=True)
-        return LocalEditor(pipe)
 
-    @classmethod
-    def evaluation_methods(cls, base: str, model: str) -> list[str]:
-        return [f"editor:{base}", f"editor:{model}"]
-
-
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusion3)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusionXL, StableDiffusion3)
 
 
 def find_family(model: str) -> type[Family]:

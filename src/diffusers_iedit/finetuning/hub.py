@@ -23,6 +23,16 @@ from ..markdown import code, escape
 COMMAND = "python -m diffusers_iedit.finetuning.hub"
 # As in pipeline.py, whose import takes seconds that neither the check nor the command need.
 CODE_FILES = ("pipeline.py", "scheduling_iedit.py", "masking_iedit.py", "regions_iedit.py")
+# Of a pipeline's class: what the card calls it, what was trained, and the tags that diffusers' own scripts give.
+FAMILIES = {
+    "IEditPipeline": ("Stable Diffusion", "UNet", ["stable-diffusion", "stable-diffusion-diffusers"]),
+    "StableDiffusionXLImg2ImgPipeline": (
+        "Stable Diffusion XL",
+        "UNet",
+        ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
+    ),
+    "StableDiffusion3Img2ImgPipeline": ("Stable Diffusion 3", "transformer", ["sd3", "sd3-diffusers"]),
+}
 LORA_FILE = "lora/pytorch_lora_weights.safetensors"
 # What a component's `save_pretrained` leaves: weights, configs, and a tokenizer's vocabulary and templates.
 COMPONENT_SUFFIXES = (".json", ".txt", ".safetensors", ".jinja")
@@ -134,6 +144,15 @@ def write_model_card(
         if not (folder / picture).is_file():
             raise ValueError(f"`loss_plot` and `pictures` have to be files in {folder}, but {picture!r} is not there.")
 
+    rows = [
+        {
+            name: value.replace(str(folder), folder.name).replace(base_model, _public(base_model))
+            if isinstance(value, str)
+            else value
+            for name, value in row.items()
+        }
+        for row in evaluation or []
+    ]
     mini = base_model in SHIPPED_PIPELINES
     base_id = base_model if _is_hub_id(base_model) and not mini else None
     dataset_id = dataset if _is_hub_id(dataset) else None
@@ -146,8 +165,8 @@ def write_model_card(
         data = f"[{dataset_id}](https://huggingface.co/datasets/{dataset_id})"
 
     is_iedit = pipeline_class == "IEditPipeline"
-    family = ["stable-diffusion", "stable-diffusion-diffusers"] if is_iedit else ["sd3", "sd3-diffusers"]
-    tags = ["iedit", "image-editing", *family, "diffusers-training"]
+    family, denoiser, tags = FAMILIES[pipeline_class]
+    tags = ["iedit", "image-editing", *tags, "diffusers-training"]
     card = ModelCard.from_template(
         ModelCardData(
             license=license,
@@ -164,11 +183,13 @@ def write_model_card(
         settings={name: _cell(value) for name, value in settings.items() if value is not None},
         losses={name: _cell(value) for name, value in losses.items()},
         loss_plot=loss_plot,
-        evaluation=[{name: _cell(value) for name, value in row.items()} for row in evaluation or []],
+        evaluation=[{name: _cell(value) for name, value in row.items()} for row in rows],
         evaluation_note=evaluation_note,
         pictures=pictures,
         lora=lora,
         pipeline_class=pipeline_class,
+        family=family,
+        denoiser=denoiser,
         is_iedit=is_iedit,
     )
     part = folder / ".README.md.part"
@@ -234,9 +255,10 @@ def push_folder(
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     wanted = ["model_index.json"]
     index = json.loads((folder / "model_index.json").read_text()) if "model_index.json" in there else {}
-    # Only a UNet's pipeline is an IEditPipeline, which brings its code.
-    is_iedit = "transformer" not in index
-    kind = "IEditPipeline" if is_iedit else index.get("_class_name", "pipeline")
+    # Of anything that is not known as another pipeline, an IEditPipeline is expected, which brings its code.
+    kind = index.get("_class_name")
+    kind = kind if kind in FAMILIES else "IEditPipeline"
+    is_iedit = kind == "IEditPipeline"
     wanted += CODE_FILES if is_iedit else ()
     if missing := sorted(set(wanted) - there):
         raise ValueError(f"`folder` has to be a saved {kind}, but {folder} lacks {', '.join(missing)}.")

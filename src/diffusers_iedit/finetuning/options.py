@@ -9,8 +9,8 @@ from pathlib import Path
 from ..loading import SHIPPED_PIPELINES
 
 
-DESCRIPTION = """Fine-tunes a Stable Diffusion model (1.x, 2.x, 3 or 3.5) with iEdit's objective (Secs. 3.3, 3.4 and
-4.1) on pairs from build_dataset.py. The defaults are the paper's. Stopped at any moment, --resume_from_checkpoint
+DESCRIPTION = """Fine-tunes a Stable Diffusion model (1.x, 2.x, XL, 3 or 3.5) with iEdit's objective (Secs. 3.3, 3.4
+and 4.1) on pairs from build_dataset.py. The defaults are the paper's. Stopped at any moment, --resume_from_checkpoint
 latest goes on where it was."""
 
 PRESETS = {
@@ -26,15 +26,16 @@ PRESETS = {
         "snr_gamma": 1.0,
         "lr_scheduler": "cosine",
     },
-    # The same for flow matching.
+    # The same for flow matching, where what is trained alone does not keep the background.
     "tuned-sd3": {
         "train_blocks": "all",
         "lora_rank": 0,
         "caption_dropout": 0.1,
-        "background_weight": 3.0,
+        "background_weight": 4.0,
         "overlap_masks": True,
         "min_edit_timestep": 100,
         "lr_scheduler": "cosine",
+        "base_share": 0.6,
     },
 }
 
@@ -50,8 +51,9 @@ LOSS_TERMS = ("loc", "global", "mask", "perc", "paired", "ldm")
 # Of diffusers' `SchedulerType`, those that need nothing but the options below.
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
-# What may differ between a checkpoint and the run that goes on from it: nothing of this changes the weights.
+# What may differ between a checkpoint and the run that goes on from it: nothing of this changes its weights.
 FREE_OPTIONS = {
+    "base_share",
     "output_dir",
     "max_train_steps",
     "cache_latents",
@@ -98,7 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--model",
         default="CompVis/stable-diffusion-v1-4",
-        help="the base, a Stable Diffusion 1.x, 2.x, 3 or 3.5: a Hub id, a folder, mini, mini-base, or mini-sd3",
+        help="the base, a Stable Diffusion 1.x, 2.x, XL, 3 or 3.5: a Hub id, a folder, mini, mini-base, or mini-sd3",
     )
     group.add_argument(
         "--clip_model", help="CLIP of the losses loc and global; openai/clip-vit-large-patch14, for mini the mini one"
@@ -118,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--resolution",
         type=int,
         help="height and width of the training pictures; by default the size that the base was made for, but no more"
-        " than the paper's 384, and with Stable Diffusion 3 than 512",
+        " than the paper's 384, with Stable Diffusion 3 than 512, and with XL than 1024",
     )
     group.add_argument(
         "--aspect_ratio_buckets",
@@ -188,7 +190,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--lora_rank",
         type=int,
         help="train LoRA layers of this rank in those blocks instead; 0 for none, which is the default, but for Stable"
-        " Diffusion 3: 16",
+        " Diffusion XL and 3: 16",
     )
     group.add_argument("--max_train_steps", type=int, default=10_000, help="optimiser steps")
     group.add_argument("--train_batch_size", type=int, default=1, help="pairs a step, process and accumulation")
@@ -206,6 +208,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
     group.add_argument("--use_ema", action="store_true", help="keep the average of the weights, and save that")
     group.add_argument("--ema_decay", type=float, default=0.9999, help="of the average, after a warm-up")
+    group.add_argument(
+        "--base_share",
+        type=float,
+        default=0.0,
+        help="save the average of what was trained and the base, with this share of the base's weights: it gives back"
+        " more of the background than it takes of the edits; of LoRA layers, a smaller scale",
+    )
     group.add_argument("--seed", type=int, default=0, help="of everything random")
     group = parser.add_argument_group("speed and memory")
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="by default accelerate's own setting")
@@ -258,6 +267,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} has to be 1 or more, got {getattr(args, name)}.")
     if args.lora_rank is not None and args.lora_rank < 0:
         parser.error(f"--lora_rank has to be 0 or more, got {args.lora_rank}.")
+    if not 0 <= args.base_share < 1:
+        parser.error(f"--base_share has to be at least 0 and below 1, got {args.base_share}.")
     if not 0 <= args.caption_dropout <= 1:
         parser.error(f"--caption_dropout has to be between 0 and 1, got {args.caption_dropout}.")
     for name, value in vars(args).items():

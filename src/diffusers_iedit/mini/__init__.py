@@ -40,6 +40,7 @@ __all__ = [
     "model_path",
     "render",
     "render_large",
+    "sd3_iedit_path",
     "tiny_vae_path",
     "vgg_path",
 ]
@@ -64,6 +65,12 @@ def model_path(name: Literal["iedit", "sd3"] = "iedit") -> Path:
 def base_unet_path() -> Path:
     """The folder of the UNet before it was fine-tuned as iEdit: with it, the mini pipeline is plain SDEdit."""
     return Path(__file__).parent / "base_unet"
+
+
+def sd3_iedit_path() -> Path:
+    """The folder of the transformer of `model_path("sd3")` after it was fine-tuned as iEdit, an
+    `SD3Transformer2DModel`."""
+    return Path(__file__).parent / "sd3_iedit"
 
 
 def mask_model_path() -> Path:

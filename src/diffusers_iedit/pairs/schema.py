@@ -252,6 +252,8 @@ def open_set(
         ValueError: If it cannot be opened.
     """
     path, files, options = os.fspath(source), None, {}
+    if os.path.isfile(path):
+        raise ValueError(f"{path!r} is a file, and has to be the folder that it lies in, or a Hub id.")
     try:
         config = datasets.load_dataset_builder(path, name, revision=revision).config
         if os.path.isdir(path):
