@@ -129,6 +129,7 @@ def test_push_blocks(folder, run):
     assert list(blocks.sub_blocks) == ["find_mask", "mask_scheduler"]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_makes_the_pictures_that_stand_in_it():
     notebook = EXAMPLES / "quickstart.ipynb"
     number_of_pictures = 0

@@ -600,6 +600,7 @@ def test_a_stable_diffusion_xl_is_trained_by_lora_unless_told_otherwise(tmp_path
     assert np.abs(edits[0] - edits[2]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_a_stable_diffusion_xl_names_no_folders_and_can_be_done_of_another_share(
     tmp_path, pairs, sdxl_base
 ):
