@@ -74,12 +74,16 @@ def base(tmp_path_factory):
     return write_base(tmp_path_factory.mktemp("made") / "base")
 
 
+def four_steps(tmp_path_factory, pairs, base, *options):
+    output_dir = tmp_path_factory.mktemp("trained") / "model"
+    train(arguments(pairs, base, output_dir, "--checkpointing_steps", 1, *options))
+    return output_dir
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, pairs, base):
     """Four steps with the default objective, and a checkpoint after each: not to be changed."""
-    output_dir = tmp_path_factory.mktemp("plain") / "model"
-    train(arguments(pairs, base, output_dir, "--checkpointing_steps", 1))
-    return output_dir
+    return four_steps(tmp_path_factory, pairs, base)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +94,7 @@ def sd3_base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sd3_plain(tmp_path_factory, pairs, sd3_base):
     """As `plain`, of a Stable Diffusion 3: not its LoRA but its blocks themselves."""
-    output_dir = tmp_path_factory.mktemp("sd3-plain") / "model"
-    train(arguments(pairs, sd3_base, output_dir, "--checkpointing_steps", 1, "--lora_rank", 0))
-    return output_dir
+    return four_steps(tmp_path_factory, pairs, sd3_base, "--lora_rank", 0)
 
 
 def changed(one, other):
@@ -112,6 +114,36 @@ def close(one, other, base, tolerance=0.002):
         difference
         < tolerance * sum((before[name] - values).square().sum() for name, values in expected.items()).sqrt()
     )
+
+
+def lora_edits_as_the_pipeline_it_lies_beside(pipeline_class, output_dir, base, atol):
+    edits = []
+    for folder, lora in ((output_dir, None), (base, output_dir / "lora"), (base, None)):
+        pipe = pipeline_class.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        if lora:
+            pipe.load_lora_weights(lora)
+        what = {"image": make_rows(1)[0]["source_image"], "prompt": "a blue car", "output_type": "np"}
+        edits.append(pipe(**what, num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images)
+    np.testing.assert_allclose(edits[0], edits[1], atol=atol)
+    assert np.abs(edits[0] - edits[2]).max() > 1e-2
+
+
+def all_but_the_trained_model_is_the_base_s(pipeline_class, output_dir, base):
+    assert json.loads((output_dir / "model_index.json").read_text())["_class_name"] == pipeline_class.__name__
+    ours, theirs = map(pipeline_class.from_pretrained, (output_dir, base))
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        assert changed(getattr(ours, name).state_dict(), getattr(theirs, name).state_dict()) == set()
+    assert ours.scheduler.config == theirs.scheduler.config
+
+
+def the_grid_of_a_pair_keeps_what_lies_outside_its_mask(pairs, base, output_dir):
+    options = ("--max_train_steps", 1, "--loss", "ldm", "--num_validation_pairs", 1, "--num_inference_steps", 2)
+    train(arguments(pairs, base, output_dir, *options))
+    # Source, mask, SDEdit, iEdit and iEdit-M, which keeps it.
+    pixels = np.asarray(Image.open(output_dir / "images/step-000001.png")).astype(int)
+    source, mask, _, _, masked = np.split(pixels, 5, axis=1)
+    np.testing.assert_array_equal(masked[mask == 0], source[mask == 0])
 
 
 # A training of the mini model
@@ -446,27 +478,12 @@ def test_a_stable_diffusion_3_is_trained_by_lora_unless_told_otherwise(tmp_path,
     assert blocks(different) == {"transformer_blocks.0", "transformer_blocks.1"}
     assert all(re.search(r"\.attn\.(to|add)_\w+(\.0)?\.weight$", name) for name in different)
 
-    edits = []
-    for folder, lora in ((output_dir, None), (sd3_base, output_dir / "lora"), (sd3_base, None)):
-        pipe = StableDiffusion3Img2ImgPipeline.from_pretrained(folder)
-        pipe.set_progress_bar_config(disable=True)
-        if lora:
-            pipe.load_lora_weights(lora)
-        what = {"image": make_rows(1)[0]["source_image"], "prompt": "a blue car", "output_type": "np"}
-        edits.append(pipe(**what, num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images)
-    np.testing.assert_allclose(edits[0], edits[1], atol=1e-3)
-    assert np.abs(edits[0] - edits[2]).max() > 1e-2
+    lora_edits_as_the_pipeline_it_lies_beside(StableDiffusion3Img2ImgPipeline, output_dir, sd3_base, atol=1e-3)
 
 
 def test_what_is_saved_of_a_stable_diffusion_3_is_its_stock_pipeline_with_a_card(sd3_plain, sd3_base):
-    index = json.loads((sd3_plain / "model_index.json").read_text())
-    assert index["_class_name"] == "StableDiffusion3Img2ImgPipeline"
+    all_but_the_trained_model_is_the_base_s(StableDiffusion3Img2ImgPipeline, sd3_plain, sd3_base)
     assert not list(sd3_plain.glob("*.py"))
-    ours = StableDiffusion3Img2ImgPipeline.from_pretrained(sd3_plain)
-    theirs = StableDiffusion3Img2ImgPipeline.from_pretrained(sd3_base)
-    for name in ("vae", "text_encoder", "text_encoder_2"):
-        assert changed(getattr(ours, name).state_dict(), getattr(theirs, name).state_dict()) == set()
-    assert ours.scheduler.config == theirs.scheduler.config
     configs = [file.read_text() for file in [*sd3_plain.glob("*/*.json"), *sd3_plain.glob("*.json")]]
     assert not [text for text in configs if str(sd3_base) in text and "train_data" not in text]
     card = (sd3_plain / "README.md").read_text()
@@ -491,13 +508,8 @@ def test_the_text_to_image_pipeline_of_a_stable_diffusion_3_is_a_base_too(tmp_pa
         name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")
     }
     StableDiffusion3Pipeline(**parts).save_pretrained(tmp_path / "base")
-    options = ("--max_train_steps", 1, "--loss", "ldm", "--num_validation_pairs", 1, "--num_inference_steps", 2)
-    train(arguments(pairs, tmp_path / "base", tmp_path / "model", *options))
+    the_grid_of_a_pair_keeps_what_lies_outside_its_mask(pairs, tmp_path / "base", tmp_path / "model")
     StableDiffusion3Img2ImgPipeline.from_pretrained(tmp_path / "model")
-    # Source, mask, SDEdit, iEdit and iEdit-M, which keeps what lies outside the mask.
-    pixels = np.asarray(Image.open(tmp_path / "model/images/step-000001.png")).astype(int)
-    source, mask, _, _, masked = np.split(pixels, 5, axis=1)
-    np.testing.assert_array_equal(masked[mask == 0], source[mask == 0])
 
 
 def test_a_stable_diffusion_3_without_its_t5_is_a_base_too(tmp_path):
@@ -537,19 +549,13 @@ def sdxl_base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sdxl_plain(tmp_path_factory, pairs, sdxl_base):
     """As `plain`, of a Stable Diffusion XL: not its LoRA but its blocks themselves."""
-    output_dir = tmp_path_factory.mktemp("sdxl-plain") / "model"
-    train(arguments(pairs, sdxl_base, output_dir, "--checkpointing_steps", 1, "--lora_rank", 0))
-    return output_dir
+    return four_steps(tmp_path_factory, pairs, sdxl_base, "--lora_rank", 0)
 
 
 def test_what_is_trained_of_a_stable_diffusion_xl_is_its_unet_in_a_stock_pipeline(sdxl_plain, sdxl_base):
     trained = {name.split(".")[0] for name in changed(weights(sdxl_plain), weights(sdxl_base))}
     assert trained == {"conv_in", "down_blocks", "mid_block"}
-    ours, theirs = map(StableDiffusionXLImg2ImgPipeline.from_pretrained, (sdxl_plain, sdxl_base))
-    assert json.loads((sdxl_plain / "model_index.json").read_text())["_class_name"] == type(ours).__name__
-    for name in ("vae", "text_encoder", "text_encoder_2"):
-        assert changed(getattr(ours, name).state_dict(), getattr(theirs, name).state_dict()) == set()
-    assert ours.scheduler.config == theirs.scheduler.config
+    all_but_the_trained_model_is_the_base_s(StableDiffusionXLImg2ImgPipeline, sdxl_plain, sdxl_base)
     card = (sdxl_plain / "README.md").read_text()
     assert card.index("A Stable Diffusion XL image-to-image model")
     assert "stable-diffusion-xl-diffusers" in card
@@ -588,16 +594,7 @@ def test_a_stable_diffusion_xl_is_trained_by_lora_unless_told_otherwise(tmp_path
     output_dir = tmp_path / "model"
     train(arguments(pairs, sdxl_base, output_dir, "--learning_rate", 0.05, "--cache_latents"))
     assert json.loads((output_dir / "training_args.json").read_text())["lora_rank"] == 16
-    edits = []
-    for folder, lora in ((output_dir, None), (sdxl_base, output_dir / "lora"), (sdxl_base, None)):
-        pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder)
-        pipe.set_progress_bar_config(disable=True)
-        if lora:
-            pipe.load_lora_weights(lora)
-        what = {"image": make_rows(1)[0]["source_image"], "prompt": "a blue car", "output_type": "np"}
-        edits.append(pipe(**what, num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images)
-    np.testing.assert_allclose(edits[0], edits[1], atol=1e-3)
-    assert np.abs(edits[0] - edits[2]).max() > 1e-2
+    lora_edits_as_the_pipeline_it_lies_beside(StableDiffusionXLImg2ImgPipeline, output_dir, sdxl_base, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -622,12 +619,7 @@ def test_an_evaluation_of_a_stable_diffusion_xl_names_no_folders_and_can_be_done
 def test_the_text_to_image_pipeline_of_a_stable_diffusion_xl_is_a_base_too(tmp_path, pairs, sdxl_base):
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_base)
     pipe.save_pretrained(tmp_path / "base")
-    options = ("--max_train_steps", 1, "--loss", "ldm", "--num_validation_pairs", 1, "--num_inference_steps", 2)
-    train(arguments(pairs, tmp_path / "base", tmp_path / "model", *options))
-    # Source, mask, SDEdit, iEdit and iEdit-M, which keeps what lies outside the mask.
-    pixels = np.asarray(Image.open(tmp_path / "model/images/step-000001.png")).astype(int)
-    source, mask, _, _, masked = np.split(pixels, 5, axis=1)
-    np.testing.assert_array_equal(masked[mask == 0], source[mask == 0])
+    the_grid_of_a_pair_keeps_what_lies_outside_its_mask(pairs, tmp_path / "base", tmp_path / "model")
 
 
 def test_a_training_of_a_stable_diffusion_xl_goes_on_to_the_same_weights(tmp_path, pairs, sdxl_base, sdxl_plain):
@@ -670,12 +662,16 @@ def test_the_vae_of_a_stable_diffusion_xl_stays_in_fp32(tmp_path, pairs, sdxl_ba
 # Pairs of other sizes, and few of them
 
 
+def vanish(row, name="source_mask"):
+    """Makes a mask of one pixel, which is less than a tenth of a latent."""
+    row[name] = Image.new("L", (64, 64))
+    row[name].putpixel((30, 30), 255)
+
+
 def test_a_pair_whose_mask_vanishes_has_no_part_in_a_step_and_is_counted(tmp_path, base, caplog):
     rows = make_rows(4)
-    tiny = Image.new("L", (64, 64))
-    tiny.putpixel((30, 30), 255)
     for row in rows[:2]:
-        row["target_mask"] = tiny
+        vanish(row, "target_mask")
     options = ("--max_train_steps", 6, "--loss", "mask", "--train_batch_size", 1, "--caption_dropout", 0)
     for name, colour in (("model", None), ("other", "black")):
         for row in rows[:2]:
@@ -695,18 +691,12 @@ def test_a_pair_whose_mask_vanishes_has_no_part_in_a_step_and_is_counted(tmp_pat
 def test_pairs_whose_masks_all_vanish_are_an_error(tmp_path, base, capsys, options):
     rows = make_rows(3)
     for row in rows:
-        row["target_mask"] = Image.new("L", (64, 64))
-        row["target_mask"].putpixel((30, 30), 255)
+        vanish(row, "target_mask")
     data = write_pairs(tmp_path / "pairs", rows)
     options = ("--loss", "mask", "--train_batch_size", 2, *options)
     message = error(arguments(data, base, tmp_path / "model", *options), capsys)
     assert "`train_data`: all of the 4 samples of steps 1 to 2 were left out" in message
     assert not (tmp_path / "model/model_index.json").exists()
-
-
-def vanish(row):
-    row["source_mask"] = Image.new("L", (64, 64))
-    row["source_mask"].putpixel((30, 30), 255)
 
 
 def test_pairs_whose_masks_all_vanish_are_an_error_in_less_than_an_epoch_and_after_a_stop(tmp_path, base, capsys):
@@ -889,16 +879,7 @@ def test_lora_is_merged_and_lies_beside_the_pipeline(tmp_path, pairs, base):
     assert different
     assert all(re.search(r"\.(to_q|to_k|to_v|to_out\.0)\.weight$", name) for name in different)
 
-    edits = []
-    for folder, lora in ((tmp_path / "model", None), (base, tmp_path / "model/lora"), (base, None)):
-        pipe = IEditPipeline.from_pretrained(folder)
-        pipe.set_progress_bar_config(disable=True)
-        if lora:
-            pipe.load_lora_weights(lora)
-        what = {"image": make_rows(1)[0]["source_image"], "prompt": "a blue car", "output_type": "np"}
-        edits.append(pipe(**what, num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images)
-    np.testing.assert_allclose(edits[0], edits[1], atol=1e-4)
-    assert np.abs(edits[0] - edits[2]).max() > 1e-2
+    lora_edits_as_the_pipeline_it_lies_beside(IEditPipeline, tmp_path / "model", base, atol=1e-4)
 
 
 def test_lora_layers_of_the_input_and_middle_blocks_take_turns(tmp_path, pairs, base):

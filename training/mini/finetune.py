@@ -21,14 +21,14 @@ from diffusers_iedit.pairs import load_pairs
 
 HERE = Path(__file__).parent
 
-MASK_ALONE = ("--loss", "mask", "--train_batch_size", 16, "--max_train_steps", 1200, "--learning_rate", 3e-4)
+MASK_ALONE = ("--loss", "mask", "--train_batch_size", 16, "--learning_rate", 3e-4)
 CACHED = ("--cache_latents", "--dataloader_num_workers", 0)
 
 # The base of each run, and how it is trained: by the paper's settings to the letter, and by those that fit this world;
 # 10,000 samples, 19,200, and 12,000. Of Stable Diffusion 3 nothing is cached: the rows of its T5 would take 9 GB.
 RUNS = {
     "paper": ("mini-base", "--preset", "paper", *CACHED),
-    "tuned": ("mini-base", "--preset", "tuned", *MASK_ALONE, *CACHED),
+    "tuned": ("mini-base", "--preset", "tuned", *MASK_ALONE, "--max_train_steps", 1200, *CACHED),
     "sd3": ("mini-sd3", "--preset", "tuned-sd3", *MASK_ALONE, "--max_train_steps", 750),
 }
 
@@ -88,8 +88,9 @@ def main() -> None:
                     *("--cache_dir", args.work_dir / "cache", "--resume_from_checkpoint", "latest"),
                     *("--checkpoints_total_limit", 1),
                 )
-    for name in SHIPPED.keys() & set(args.runs):
-        part, component, model_class = SHIPPED[name]
+    for name, (part, component, model_class) in SHIPPED.items():
+        if name not in args.runs:
+            continue
         finished, trained = args.work_dir / part, args.work_dir / f"iedit-{name}-0"
         if not finished.exists() and trained.exists():
             partial = finished.with_suffix(".partial")

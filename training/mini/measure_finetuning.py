@@ -114,12 +114,10 @@ def main() -> None:
             mean, low, high = interval(values[column])
             line = f"  {column:18} {mean:.4f} [{low:.4f}, {high:.4f}]"
             if name != args.base:
-                difference = values[column] - base[column]
-                for where, some in (("against the base", difference), ("in these", difference[both]))[
-                    : 1 + both.any()
-                ]:
-                    mean, low, high = interval(some)
-                    line += f"   {where} {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+                for where, pairs in (("against the base", slice(None)), ("in these", both)):
+                    if len(difference := (values[column] - base[column])[pairs]):
+                        mean, low, high = interval(difference)
+                        line += f"   {where} {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
             print(line, flush=True)
     if args.json:
         numbers = {name: {column: list(v) for column, v in values.items()} for name, values in found.items()}

@@ -144,15 +144,13 @@ def write_model_card(
         if not (folder / picture).is_file():
             raise ValueError(f"`loss_plot` and `pictures` have to be files in {folder}, but {picture!r} is not there.")
 
-    rows = [
-        {
-            name: value.replace(str(folder), folder.name).replace(base_model, _public(base_model))
-            if isinstance(value, str)
-            else value
-            for name, value in row.items()
-        }
-        for row in evaluation or []
-    ]
+    def shown(value: object) -> str:
+        # The names of methods have models in them.
+        if isinstance(value, str):
+            for path in (str(folder), base_model):
+                value = value.replace(path, _public(path))
+        return _cell(value)
+
     mini = base_model in SHIPPED_PIPELINES
     base_id = base_model if _is_hub_id(base_model) and not mini else None
     dataset_id = dataset if _is_hub_id(dataset) else None
@@ -183,7 +181,7 @@ def write_model_card(
         settings={name: _cell(value) for name, value in settings.items() if value is not None},
         losses={name: _cell(value) for name, value in losses.items()},
         loss_plot=loss_plot,
-        evaluation=[{name: _cell(value) for name, value in row.items()} for row in rows],
+        evaluation=[{name: shown(value) for name, value in row.items()} for row in evaluation or []],
         evaluation_note=evaluation_note,
         pictures=pictures,
         lora=lora,

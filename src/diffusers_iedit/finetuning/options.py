@@ -258,6 +258,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     mini = args.model in SHIPPED_PIPELINES
     args.clip_model = args.clip_model or ("mini" if mini else "openai/clip-vit-large-patch14")
     args.perceptual_model = args.perceptual_model or ("mini" if mini else "timm/vgg16.tv_in1k")
+    _check(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the command where a value makes no sense, whatever the model is."""
     positive = (
         "max_train_steps train_batch_size gradient_accumulation_steps resolution checkpointing_steps "
         "checkpoints_total_limit validation_steps"
@@ -289,4 +295,3 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--overwrite_output_dir and --resume_from_checkpoint exclude each other.")
     if args.random_crop and args.cache_latents:
         parser.error("--random_crop and --cache_latents exclude each other: there is no end of crops to cache.")
-    return args
